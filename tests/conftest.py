@@ -1,0 +1,23 @@
+"""Shared fixtures: the folder of prepared real models, when there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """The folder named by ONNXCOMPRESS_ZOO; tests that need it are skipped where it is not set."""
+    folder = os.environ.get("ONNXCOMPRESS_ZOO")
+    if not folder:
+        pytest.skip("set ONNXCOMPRESS_ZOO to a folder of prepared models to run this test")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """The repository's folder of small trained models."""
+    return Path(__file__).parent.parent / "models"

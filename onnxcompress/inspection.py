@@ -1,0 +1,170 @@
+"""A look into one model: interface, operators, cost, and which channels can be pruned together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxcompress import model_io
+from onnxcompress.graph import canonical, labels
+from onnxcompress.graph.cost import ModelCost, NodeCost, cost_of
+from onnxcompress.graph.coupling import Group
+from onnxcompress.interface import TensorSpec, input_specs, output_specs
+
+
+@dataclass(frozen=True, slots=True)
+class CoupledGroup:
+    """Channels that can only be removed together.
+
+    Attributes:
+        name: The node that makes them.
+        units: How many there are.
+        macs_ratio: Share of the model's MACs in the nodes that make or use them, 0 to 1.
+        nodes: These nodes.
+    """
+
+    name: str
+    units: int
+    macs_ratio: float
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenReason:
+    """Why some channels have to stay.
+
+    Attributes:
+        reason: In words a user can act on.
+        places: How many tensor axes it holds.
+        examples: Up to three of the nodes that demand it.
+    """
+
+    reason: str
+    places: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What is in a model.
+
+    Attributes:
+        path: The file.
+        inputs: What has to be fed.
+        outputs: What comes out.
+        ir_version: ONNX IR version.
+        opsets: Operator set domain ("" is the default one) to version.
+        producer: Tool that wrote the file.
+        compressed_by: What onnxcompress wrote into the file, if it made it.
+        operators: Operator to number of nodes, most frequent first.
+        nodes: Number of nodes, subgraphs included.
+        raw_bytes: Size of the file with its external data.
+        deflated_bytes: The same after DEFLATE.
+        weight_bytes: Bytes of all constants.
+        parameters: Elements of all weights.
+        macs: Multiply-accumulates of one sample, dynamic axes as 1.
+        uncounted: Nodes whose MACs could not be counted.
+        top_nodes: The nodes with the most MACs (then parameters), largest first.
+        groups: Coupled channels, largest share of MACs first; None when they were not asked for.
+        frozen: What keeps the other channels, most frequent first; None when it was not asked for.
+        notes: What was done to the model in order to look into it.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    ir_version: int
+    opsets: Mapping[str, int]
+    producer: str
+    compressed_by: Mapping[str, str]
+    operators: Mapping[str, int]
+    nodes: int
+    raw_bytes: int
+    deflated_bytes: int
+    weight_bytes: int
+    parameters: int
+    macs: int
+    uncounted: tuple[str, ...]
+    top_nodes: tuple[NodeCost, ...]
+    groups: tuple[CoupledGroup, ...] | None
+    frozen: tuple[FrozenReason, ...] | None
+    notes: tuple[str, ...]
+
+
+def inspect(path: str | Path, *, groups: bool = False, top: int = 10) -> Inspection:
+    """Look into a model file.
+
+    Args:
+        path: The model.
+        groups: Whether to analyse which channels are coupled.
+        top: How many of the most expensive nodes to list.
+
+    Raises:
+        ModelError: If the file is not a model that can be used.
+    """
+    path = Path(path)
+    model = model_io.load(path)
+    sizes = model_io.file_sizes(path)
+    cost = cost_of(model)
+    operators = Counter(
+        node.op_type if not node.domain else f"{node.domain}::{node.op_type}"
+        for node in model.graph.all_nodes()
+    )
+    found: tuple[CoupledGroup, ...] | None = None
+    frozen: tuple[FrozenReason, ...] | None = None
+    notes: tuple[str, ...] = ()
+    if groups:
+        prepared = model_io.clone(model)
+        notes = model_io.normalize(prepared)
+        found, frozen = _coupling(prepared)
+    expensive = sorted(cost.nodes, key=lambda n: (n.macs or 0, n.parameters), reverse=True)
+    return Inspection(
+        path=path,
+        inputs=input_specs(model),
+        outputs=output_specs(model),
+        ir_version=model.ir_version,
+        opsets=dict(model.opset_imports),
+        producer=" ".join(part for part in (model.producer_name, model.producer_version) if part),
+        compressed_by={
+            k: v for k, v in model.metadata_props.items() if k.startswith("onnxcompress.")
+        },
+        operators=dict(operators.most_common()),
+        nodes=operators.total(),
+        raw_bytes=sizes.raw_bytes,
+        deflated_bytes=sizes.deflated_bytes,
+        weight_bytes=cost.weight_bytes,
+        parameters=cost.parameters,
+        macs=cost.macs,
+        uncounted=cost.unknown,
+        top_nodes=tuple(n for n in expensive[:top] if n.macs or n.parameters),
+        groups=found,
+        frozen=frozen,
+        notes=notes,
+    )
+
+
+def _coupling(model: ir.Model) -> tuple[tuple[CoupledGroup, ...], tuple[FrozenReason, ...]]:
+    canonical.canonicalize(model)
+    coupling = labels.analyse(model)
+    cost = cost_of(model)
+    groups = sorted((_group(g, cost) for g in coupling.groups), key=lambda g: -g.macs_ratio)
+    nodes_by_reason: dict[str, list[str]] = {}
+    for place in coupling.frozen:
+        nodes_by_reason.setdefault(place.reason, []).append(place.node or place.value)
+    frozen = sorted(nodes_by_reason.items(), key=lambda item: -len(item[1]))
+    return tuple(groups), tuple(
+        FrozenReason(reason, len(nodes), tuple(dict.fromkeys(nodes))[:3])
+        for reason, nodes in frozen
+    )
+
+
+def _group(group: Group, cost: ModelCost) -> CoupledGroup:
+    made_by = [place.node for place in group.sources]
+    nodes = tuple(dict.fromkeys(made_by + [place.node for place in group.sinks]))
+    touched = set(nodes)
+    macs = sum(n.macs or 0 for n in cost.nodes if n.node in touched)
+    return CoupledGroup(group.name, group.size, macs / cost.macs if cost.macs else 0.0, nodes)

@@ -1,0 +1,107 @@
+"""Which passes run and in which order: the user names them, stages decide the order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onnxcompress.errors import UsageError
+from onnxcompress.passes import make_pass, pass_class
+from onnxcompress.passes.base import Stage
+
+if TYPE_CHECKING:
+    from onnxcompress.passes.base import Pass
+    from onnxcompress.recipe import Recipe
+
+# Passes that prepare a model for every other one, in the order they run.
+PREPARATIONS = ("simplify", "fold")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of a run.
+
+    Attributes:
+        name: Name of the pass.
+        instance: The pass with its options.
+        automatic: Whether the tool added it.
+    """
+
+    name: str
+    instance: Pass
+    automatic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The passes of a run in the order they run, and what to tell the user about it."""
+
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any pass asks for statistics."""
+        return any(step.instance.needs for step in self.steps)
+
+
+def plan_schedule(recipe: Recipe) -> Schedule:
+    """Make the passes that a recipe asks for, in the order of their stages.
+
+    Raises:
+        UsageError: If no pass is asked for, one is unknown or named twice, or options are given for
+            a pass that is not in the run.
+    """
+    asked = recipe.passes
+    if not asked:
+        raise UsageError(
+            "no passes are asked for",
+            hint="Give --passes, such as --passes quant,prune; 'onnxcompress passes' lists them.",
+        )
+    twice = sorted({name for name in asked if asked.count(name) > 1})
+    if twice:
+        raise UsageError(f"pass '{twice[0]}' is named twice in --passes {','.join(asked)}")
+    added = _preparations(recipe, {name: pass_class(name).stage for name in asked})
+    _check_owners(recipe.options, (*added, *asked))
+    steps = [
+        Step(name, make_pass(name, recipe.options.get(name, {})), name in added)
+        for name in (*added, *asked)
+    ]
+    steps.sort(key=lambda step: step.instance.stage)
+    return Schedule(tuple(steps), tuple(_notes(asked, added, steps)))
+
+
+def _preparations(recipe: Recipe, stages: Mapping[str, Stage]) -> tuple[str, ...]:
+    if all(stage == Stage.PREPARE for stage in stages.values()):
+        return ()
+    wanted = {"simplify": recipe.simplify, "fold": recipe.fold}
+    return tuple(name for name in PREPARATIONS if wanted[name] and name not in stages)
+
+
+def _check_owners(options: Mapping[str, Mapping[str, object]], run: tuple[str, ...]) -> None:
+    for owner, values in options.items():
+        if owner in run or not values:
+            continue
+        first = next(iter(values))
+        pass_class(owner)  # an unknown pass has a better message
+        raise UsageError(
+            f"option {owner}.{first} is set, but pass '{owner}' is not in this run",
+            hint=f"The passes are: {', '.join(run)}. Add '{owner}' to them, or drop the option.",
+        )
+
+
+def _notes(asked: tuple[str, ...], added: tuple[str, ...], steps: list[Step]) -> list[str]:
+    notes = []
+    if added:
+        off = " and ".join(f"--no-{name}" for name in added)
+        notes.append(
+            f"Added {' and '.join(added)} before the passes asked for ({off} to switch off)."
+        )
+    order = tuple(step.name for step in steps if step.name in asked)
+    if order != asked:
+        notes.append(
+            f"The passes run in the order of their stages, {' → '.join(order)}, not as typed "
+            f"({', '.join(asked)})."
+        )
+    return notes

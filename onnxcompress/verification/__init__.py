@@ -1,0 +1,1 @@
+"""Original against result: metrics, gates, latency, memory."""

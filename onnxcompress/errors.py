@@ -1,7 +1,7 @@
 """Everything onnxcompress raises on purpose.
 
-Each error carries the exit code that the command line returns for it and, where there is one, a hint that
-says what to do next. Any other exception that reaches the command line is a bug of ours.
+Each error carries the exit code that the command line returns for it and, where there is one, a
+hint that says what to do next. Any other exception that reaches the command line is a bug of ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OnnxCompressError(Exception):
 
 
 class UsageError(OnnxCompressError):
-    """The request itself cannot be understood: an unknown pass, option or value, or options that contradict."""
+    """The request cannot be understood: an unknown pass, option or value, or a contradiction."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class ProviderError(OnnxCompressError):
 
 
 class PassError(OnnxCompressError):
-    """A pass failed, or the model it produced is not valid; the model was rolled back to before the pass.
+    """A pass failed, or what it produced is not valid; the model is as it was before the pass.
 
     Args:
         pass_name: Name of the pass, as on the command line.

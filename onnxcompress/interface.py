@@ -17,8 +17,8 @@ class TensorSpec:
     Attributes:
         name: Tensor name.
         dtype: Element type; strings are ``object``.
-        shape: One entry per axis: its length, or the name of a dynamic axis ("" when it has none). None when
-            the rank is unknown.
+        shape: One entry per axis: its length, or the name of a dynamic axis ("" when it has none).
+            None when the rank is unknown.
     """
 
     name: str
@@ -38,7 +38,11 @@ class TensorSpec:
         return self.shape[0] if isinstance(self.shape[0], int) else None
 
     def __str__(self) -> str:
-        shape = "unknown shape" if self.shape is None else f"[{', '.join(str(d) or '?' for d in self.shape)}]"
+        shape = (
+            "unknown shape"
+            if self.shape is None
+            else f"[{', '.join(str(d) or '?' for d in self.shape)}]"
+        )
         return f"{self.name}: {self.dtype} {shape}"
 
 
@@ -62,10 +66,13 @@ def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    if value.dtype is None or (value.type is not None and not isinstance(value.type, ir.TensorType)):
+    if value.dtype is None or (
+        value.type is not None and not isinstance(value.type, ir.TensorType)
+    ):
         raise ModelError(
-            f"graph input or output '{value.name}' is not a tensor of a known element type ({value.type})",
-            hint="Sequences, maps, optionals and sparse tensors at the model's boundary are not supported.",
+            f"graph input or output '{value.name}' is not a tensor of a known element type"
+            f" ({value.type})",
+            hint="Sequences, maps, optionals and sparse tensors are not supported there.",
         )
     shape = None
     if value.shape is not None:

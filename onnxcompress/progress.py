@@ -15,7 +15,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Receives progress; the terminal report draws it, everything else uses :class:`SilentProgress`."""
+    """Receives progress; the terminal draws it, everything else uses :class:`SilentProgress`."""
 
     def task(self, description: str, total: int | None = None) -> AbstractContextManager[Task]:
         """Open a task of ``total`` steps (unknown when None) for the time of a ``with`` block."""

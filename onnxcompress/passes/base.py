@@ -93,12 +93,8 @@ def option(
         minimum: Smallest number allowed (inclusive).
         maximum: Largest number allowed (inclusive).
     """
-    return typing.cast(
-        _T,
-        dataclasses.field(
-            default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum}
-        ),
-    )
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +187,16 @@ def _scalar(value: object, hint: object) -> object:
     if hint is bool:
         if isinstance(value, bool):
             return value
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if isinstance(value, str) and value.lower() in words:
             return words[value.lower()]
         raise ValueError

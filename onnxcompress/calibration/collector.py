@@ -83,8 +83,12 @@ def collect(
         runner = _Runner(session, augmented, dataset, batch_size, seed)
         try:
             results = _read_until_exact(runner, taps, progress, description)
-        except (ShapesDifferError, ModelError):
-            # Rows chosen by wrong declared shapes may also lie outside of the tensor.
+        except ShapesDifferError:
+            if not trust_shapes:
+                raise
+            continue
+        except ModelError:
+            # Rows chosen by wrong declared shapes may lie outside of the tensor.
             if not trust_shapes or not augmented.feeders:
                 raise
             continue

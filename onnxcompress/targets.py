@@ -7,7 +7,10 @@ facts behind the table, measured with onnxruntime:
   Without it two neighbouring products are first summed in 16 bits and saturate (2 * 255 * 127 >
   32767), so weights keep 7 bits there (``reduce_range``), which costs accuracy (4 points of top-1
   on a MobileNet) and is not done elsewhere.
-- ARM and CUDA (TensorRT) multiply ``int8 x int8`` and want symmetric activations.
+- ARM multiplies ``int8 x int8``. Activations keep a zero point of their own: with it fixed at 0 a
+  Relu cannot be performed by saturation, and onnxruntime then finds no integer kernel for the
+  convolution before it.
+- CUDA (TensorRT) multiplies ``int8 x int8`` and takes no zero point but 0.
 - Kernels work on blocks of channels; a count that is no multiple of the block can be slower than no
   pruning.
 """
@@ -59,7 +62,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         for target in (
             Target("x86-vnni", "uint8", False, False, 16, "x86-64 with AVX-512 VNNI or AVX-VNNI"),
             Target("x86-avx2", "uint8", False, True, 8, "x86-64 without VNNI: weights in 7 bits"),
-            Target("arm64", "int8", True, False, 8, "64-bit ARM (Apple, Graviton, phones)"),
+            Target("arm64", "int8", False, False, 8, "64-bit ARM (Apple, Graviton, phones)"),
             Target("cuda", "int8", True, False, 8, "NVIDIA GPUs (TensorRT)"),
             Target(
                 "generic", "uint8", False, True, 8, "any CPU: the choices that are safe everywhere"

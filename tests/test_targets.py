@@ -54,4 +54,9 @@ def test_only_16_bit_sums_reduce_the_range() -> None:
         "x86-avx2",
         "generic",
     }
-    assert all((t.activation_dtype == "int8") == t.symmetric_activations for t in TARGETS.values())
+
+
+def test_a_symmetric_target_takes_signed_activations() -> None:
+    symmetric = {name: t for name, t in TARGETS.items() if t.symmetric_activations}
+    assert list(symmetric) == ["cuda"]
+    assert all(t.activation_dtype == "int8" for t in symmetric.values())

@@ -30,6 +30,7 @@ grids = st.sampled_from(GRIDS)
 bounds = st.floats(-1e6, 1e6, width=32)
 
 
+@settings(deadline=None)
 @given(grids, bounds, bounds, st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_error_inside_the_range_is_at_most_half_a_step(
     grid: Grid, a: float, b: float, shares: list[float]
@@ -44,6 +45,7 @@ def test_error_inside_the_range_is_at_most_half_a_step(
     assert (error <= float(affine.scale) / 2 * (1 + 1e-4)).all()
 
 
+@settings(deadline=None)
 @given(grids, bounds, bounds)
 def test_zero_is_exact_and_integers_stay_on_the_grid(grid: Grid, a: float, b: float) -> None:
     affine = affine_from_range(min(a, b), max(a, b), grid)
@@ -55,6 +57,7 @@ def test_zero_is_exact_and_integers_stay_on_the_grid(grid: Grid, a: float, b: fl
     assert q.max() <= grid.high
 
 
+@settings(deadline=None)
 @given(grids, st.integers(0, 2**32 - 1))
 def test_quantizing_twice_changes_nothing(grid: Grid, seed: int) -> None:
     x = np.random.default_rng(seed).normal(size=50) * 3
@@ -92,7 +95,7 @@ def test_clip_candidates_narrow_from_the_whole_range() -> None:
     np.testing.assert_allclose(widths, [4, 2, 1, 0.5], rtol=1e-6)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.sampled_from([0.0, 1e-30, 1e-6, 0.1, 5.0]), min_size=1, max_size=6),
     st.floats(-1e4, 1e4),

@@ -1,0 +1,281 @@
+"""The float and the quantized network side by side in one graph: what is off, and by how much.
+
+Both run on the same inputs within one model, so differences are formed inside the graph and only
+sums leave it. Two questions are asked:
+
+- *Local error*: every integer node computes on the values of the float network. The ratio of its
+  output to its error (SQNR) shows the nodes that cannot be quantized, whatever happens elsewhere.
+- *Sequential bias correction*: the quantized network runs on its own values. At each layer ``y = Wx
+  + b`` the mean over a batch of ``y_float - y_quantized``, per channel, is added before the values
+  move on, so each layer is measured behind layers that are already corrected. The average over
+  batches goes into the bias:
+
+      b ← b + E(y_float - y_quantized)
+
+  One run of the data corrects all layers; correcting them one after another takes as many runs as
+  layers.
+
+Source: Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"
+    (the
+empirical variant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcompress.calibration.statistics import MeanRequest, MeanResult
+from onnxcompress.context import PassContext
+from onnxcompress.graph.constants import set_initializer
+from onnxcompress.graph.naming import Namer
+from onnxcompress.numerics.affine import FloatArray
+from onnxcompress.passes.quant.measure import few_samples
+
+_BATCH_SIZE = 16
+"""Samples per run: the mean over so many differs little from the mean over all."""
+
+_CAP_DB = 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantized network as comparison sees it.
+
+    Attributes:
+        model: The network with Q/DQ pairs.
+        reals: Point to the output of its DequantizeLinear.
+    """
+
+    model: ir.Model
+    reals: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What one run of both networks showed.
+
+    Attributes:
+        shifts: Weighted node to what its bias lacks, [O].
+        output_sqnr_db: SQNR of each floating-point output of the model, with the biases corrected.
+    """
+
+    shifts: Mapping[str, FloatArray]
+    output_sqnr_db: Mapping[str, float]
+
+
+def local_sqnr_db(
+    ctx: PassContext, model: ir.Model, quantized: Quantized, results: Mapping[str, str]
+) -> dict[str, float]:
+    """SQNR of each node's output when its inputs are those of the float network.
+
+    Args:
+        ctx: The job.
+        model: The float model.
+        quantized: The quantized network.
+        results: Node to the value it makes, in the names of the float model.
+    """
+    pair = _Pair(model, quantized)
+    pair.feed_from_float()
+    requests = {node: pair.compare(value, pair.twin(value)) for node, value in results.items()}
+    return pair.ratios(few_samples(ctx), requests, "checking nodes")
+
+
+def correct_biases(
+    ctx: PassContext, model: ir.Model, quantized: Quantized, nodes: Mapping[str, int]
+) -> Correction:
+    """Measure what the biases of ``nodes`` lack, each behind the corrected layers before it.
+
+    Args:
+        ctx: The job.
+        model: The float model.
+        quantized: The quantized network.
+        nodes: Weighted node to the axis of its output that runs over channels; none to only compare
+            outputs.
+    """
+    pair = _Pair(model, quantized)
+    shifts = {
+        name: MeanRequest(pair.correct(name, axis).name or "", axis) for name, axis in nodes.items()
+    }
+    outputs = {
+        value.name or "": pair.compare(value.name or "", pair.quantized_output(k))
+        for k, value in enumerate(model.graph.outputs)
+        if value.dtype == ir.DataType.FLOAT
+    }
+    pair.model.graph.sort()
+    few = ctx if nodes else few_samples(ctx)
+    wide = replace(few, batch_size=max(ctx.batch_size, _BATCH_SIZE))
+    requests = [*shifts.values(), *(r for both in outputs.values() for r in both)]
+    found = wide.collect(pair.model, requests, description="correcting biases")
+    return Correction(
+        shifts={name: found[request].mean for name, request in shifts.items()},
+        output_sqnr_db={
+            name: sqnr_db(_energy(found[signal]), _energy(found[noise]))
+            for name, (signal, noise) in outputs.items()
+        },
+    )
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """``10 log₁₀(signal / noise)``, within ±200 dB; no noise at all is 200 dB."""
+    if noise <= 0:
+        return _CAP_DB
+    return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -_CAP_DB, _CAP_DB))
+
+
+def _energy(result: MeanResult) -> float:
+    return float((result.mean**2 + result.variance).sum())
+
+
+_Comparison = tuple[MeanRequest, MeanRequest]
+
+
+class _Pair:
+    """One graph with both networks on the same inputs; names of the float network stay."""
+
+    def __init__(self, model: ir.Model, quantized: Quantized) -> None:
+        self.model = model.clone()
+        graph = self.model.graph
+        self._namer = Namer(self.model)
+        self._floats = _values(graph)
+        self._float_nodes = {n.name: n for n in graph if n.name}
+        copy = quantized.model.clone()
+        twins = _values(copy.graph)
+        self._reals = {point: twins[name] for point, name in quantized.reals.items()}
+        self._twins = twins | self._reals
+        self._nodes = {n.name: n for n in copy.graph if n.name}
+        self._outputs = list(copy.graph.outputs)
+        self._graft(copy)
+        self._flat_shape = set_initializer(
+            graph, self._namer.value("quant_flat_shape"), np.array([1, -1], np.int64)
+        )
+        self._opset = self.model.opset_imports.get("", 0)
+
+    def _graft(self, copy: ir.Model) -> None:
+        """Move the nodes of ``copy`` over, its inputs replaced by those that are there."""
+        graph = self.model.graph
+        for node in copy.graph.all_nodes():
+            node.name = self._namer.node(f"{node.name}/quant_twin")
+            for output in node.outputs:
+                if output.name:
+                    output.name = self._namer.value(f"{output.name}/quant_twin")
+        for inner in copy.graphs():
+            if inner is not copy.graph:
+                for value in (*inner.inputs, *inner.initializers.values()):
+                    value.name = self._namer.value(f"{value.name}/quant_twin")
+        for mine, theirs in zip(copy.graph.inputs, graph.inputs, strict=True):
+            mine.replace_all_uses_with(theirs)
+        for name, value in list(copy.graph.initializers.items()):
+            del copy.graph.initializers[name]
+            same = graph.initializers.get(name)
+            if same is not None and same.const_value is value.const_value:
+                value.replace_all_uses_with(same)
+                continue
+            value.name = self._namer.value(f"{name}/quant_twin")
+            graph.register_initializer(value)
+        nodes = list(copy.graph)
+        copy.graph.outputs.clear()
+        copy.graph.remove(nodes)
+        graph.extend(nodes)
+
+    def twin(self, name: str) -> ir.Value:
+        """The value ``name`` in the quantized network; dequantized if it is a point."""
+        return self._twins[name]
+
+    def quantized_output(self, place: int) -> ir.Value:
+        """Output number ``place`` of the quantized network."""
+        return self._outputs[place]
+
+    def feed_from_float(self) -> None:
+        """Let every integer node read the float network's values, quantized, instead of its own."""
+        for point, real in self._reals.items():
+            dq = real.producer()
+            if dq is None:
+                continue
+            scale, zero = dq.inputs[1], dq.inputs[2]
+            integer = self._add("QuantizeLinear", [self._floats[point], scale, zero], real)
+            integer.type = ir.TensorType(
+                zero.dtype if zero is not None and zero.dtype else ir.DataType.UINT8
+            )
+            fresh = self._add("DequantizeLinear", [integer, scale, zero], real)
+            raw = dq.inputs[0]
+            real.replace_all_uses_with(fresh)
+            if raw is None:
+                continue
+            for node, place in list(raw.uses()):  # nodes that move integers themselves
+                if node is not dq:
+                    node.replace_input_with(place, integer)
+
+    def correct(self, name: str, axis: int) -> ir.Value:
+        """Add the batch mean of the error, per channel, to the output of node ``name``.
+
+        Returns:
+            The error before the correction.
+        """
+        output = self._nodes[name].outputs[0]
+        readers = list(output.uses())
+        error = self._add("Sub", [self._float_nodes[name].outputs[0], output], output)
+        rank = len(output.shape) if output.shape is not None else 0
+        axes = [i for i in range(rank) if i != axis % rank]
+        if self._opset >= 18:
+            where = set_initializer(
+                self.model.graph, self._namer.value(f"{name}/quant_axes"), np.array(axes, np.int64)
+            )
+            mean = self._add("ReduceMean", [error, where], output, {"keepdims": 1})
+        else:
+            mean = self._add("ReduceMean", [error], output, {"keepdims": 1, "axes": axes})
+        mean.shape = None
+        corrected = self._add("Add", [output, mean], output)
+        for node, place in readers:
+            node.replace_input_with(place, corrected)
+        return error
+
+    def compare(self, name: str, other: ir.Value) -> _Comparison:
+        """Requests for the energies of the float value ``name`` and of what ``other`` lacks."""
+        mine = self._floats[name]
+        noise = self._flat(self._add("Sub", [mine, other], mine))
+        return MeanRequest(self._flat(mine).name or "", 0), MeanRequest(noise.name or "", 0)
+
+    def _flat(self, value: ir.Value) -> ir.Value:
+        flat = self._add("Reshape", [value, self._flat_shape], value)
+        flat.shape = ir.Shape([1, None])
+        return flat
+
+    def _add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        like: ir.Value,
+        attributes: Mapping[str, int | list[int]] | None = None,
+    ) -> ir.Value:
+        name = f"{like.name}/quant_{op_type.lower()}"
+        output = ir.Value(
+            name=self._namer.value(name), shape=like.shape, type=ir.TensorType(ir.DataType.FLOAT)
+        )
+        node = ir.node(
+            op_type, inputs, dict(attributes or {}), outputs=[output], name=self._namer.node(name)
+        )
+        self.model.graph.append(node)
+        return output
+
+    def ratios(
+        self, ctx: PassContext, requests: Mapping[str, _Comparison], description: str
+    ) -> dict[str, float]:
+        """Collect comparisons and turn each into an SQNR in dB."""
+        self.model.graph.sort()
+        found = ctx.collect(
+            self.model, [r for both in requests.values() for r in both], description=description
+        )
+        return {
+            name: sqnr_db(_energy(found[signal]), _energy(found[noise]))
+            for name, (signal, noise) in requests.items()
+        }
+
+
+def _values(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Inputs and computed values of the main graph by name."""
+    found = {v.name or "": v for v in graph.inputs}
+    return found | {v.name or "": v for node in graph for v in node.outputs if v.name}

@@ -1,0 +1,104 @@
+"""Options of the quantization pass."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from onnxcompress.errors import UsageError
+from onnxcompress.passes.base import PassOptions, option
+
+
+class RangeMethod(enum.Enum):
+    """How the range of an activation is chosen."""
+
+    AUTO = "auto"
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+
+class Rounding(enum.Enum):
+    """How weights are rounded to integers."""
+
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+
+
+class BiasCorrection(enum.Enum):
+    """Whether biases make up for the mean error of their layer."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class Objective(enum.Enum):
+    """What decides which nodes become integer."""
+
+    LATENCY = "latency"
+    SIZE = "size"
+
+
+class Format(enum.Enum):
+    """How integer nodes are written."""
+
+    QDQ = "qdq"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantOptions(PassOptions):
+    """Options of :class:`onnxcompress.passes.quant.QuantPass`."""
+
+    objective: Objective = option(  # noqa: RUF009
+        Objective.LATENCY,
+        "latency: what the clock says is slower in int8 stays float; size: all that can be is int8",
+    )
+    ranges: RangeMethod = option(  # noqa: RUF009
+        RangeMethod.AUTO,
+        "how activation ranges are chosen: minmax, percentile, mse (least rounding error), or "
+        "auto (mse or minmax, whichever keeps the outputs nearer to float)",
+    )
+    percentile: float = option(
+        99.99,
+        "share of the values inside the range, in percent (ranges=percentile)",
+        minimum=50.1,
+        maximum=99.9999,
+    )
+    weights: Rounding = option(  # noqa: RUF009
+        Rounding.GPTQ, "how weights are rounded: nearest, or gptq (error feedback)"
+    )
+    bias_correction: BiasCorrection = option(  # noqa: RUF009
+        BiasCorrection.AUTO,
+        "let biases make up for the mean error of their layer: on, off, auto (convolutions)",
+    )
+    per_channel: bool = option(True, "one weight scale per output channel rather than per tensor")
+    include: tuple[str, ...] = option(
+        (), "quantize only nodes whose name matches one of these patterns (* ? [..])"
+    )
+    exclude: tuple[str, ...] = option((), "leave nodes in float whose name matches a pattern")
+    op_types: tuple[str, ...] = option((), "quantize only these operators, e.g. Conv,Gemm")
+    min_sqnr_db: float = option(
+        10.0, "nodes whose output is farther than this from float go back to float", minimum=-100.0
+    )
+    search_seconds: float = option(
+        30.0,
+        "most time for timing placements (objective=latency); 0 takes the default one",
+        minimum=0.0,
+    )
+    format: Format = option(  # noqa: RUF009
+        Format.QDQ, "qdq: QuantizeLinear and DequantizeLinear around float operators"
+    )
+
+    def validate(self, owner: str) -> None:
+        """Check bounds, and that patterns are not empty words.
+
+        Raises:
+            UsageError: If a value is out of its bounds.
+        """
+        # super() without arguments does not work in a dataclass with slots: the class is made
+        # twice.
+        PassOptions.validate(self, owner)
+        for name in self.op_types:
+            if not name.isidentifier():
+                raise UsageError(f"option {owner}.op_types names no operator: '{name}'")

@@ -1,0 +1,343 @@
+"""The quantization pass: choose, place by the clock, calibrate, check, write."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxcompress import model_io
+from onnxcompress.calibration.statistics import Statistic
+from onnxcompress.context import PassContext
+from onnxcompress.errors import UsageError
+from onnxcompress.passes.base import Change, PassReport, Skip, Stage
+from onnxcompress.passes.quant.build import Builder, Built
+from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.operators import RULES, Kind
+from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.passes.quant.placement import Network
+from onnxcompress.passes.quant.prepare import prepare
+from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
+from onnxcompress.runtime import SessionSettings, open_session
+from onnxcompress.targets import detect_target
+
+_MIN_OPSET = 13
+"""QuantizeLinear and DequantizeLinear take one scale per channel from this operator set on."""
+
+_NO_RULE = {
+    "Attention": "there is no integer kernel for it",
+    "Einsum": "there is no integer kernel for it",
+    "GRU": "there is no integer kernel for it",
+    "LSTM": "it has a dynamic integer kernel only, which this mode does not use",
+    "RNN": "there is no integer kernel for it",
+}
+
+_LOSES = 0.98
+"""Below this speed against float the integer model is not shipped (objective=latency)."""
+
+_GAINS = 1.02
+"""Below this speed against float the report says that integers bring no speed-up."""
+
+_FINAL_SECONDS = 1.5
+"""Time to compare the result with float."""
+
+_CHECK_ROUNDS = 3
+"""How often nodes that cannot keep their output are put back to float."""
+
+
+class QuantPass:
+    """Runs weighted operators on 8-bit integers where that is accurate and not slower.
+
+    Args:
+        options: How to quantize; the defaults when None.
+    """
+
+    name: ClassVar[str] = "quant"
+    summary: ClassVar[str] = "Run convolutions and matrix products on 8-bit integers (static, QDQ)."
+    stage: ClassVar[Stage] = Stage.PRECISION
+    needs: ClassVar[frozenset[Statistic]] = frozenset(
+        {Statistic.RANGE, Statistic.TAIL, Statistic.CLIP_ERROR, Statistic.MEAN, Statistic.MOMENTS}
+    )
+    options_type: ClassVar[type[QuantOptions]] = QuantOptions
+
+    def __init__(self, options: QuantOptions | None = None) -> None:
+        self._options = QuantOptions() if options is None else options
+        self._options.validate(self.name)
+
+    @property
+    def options(self) -> QuantOptions:
+        """The options this pass was made with."""
+        return self._options
+
+    def plan(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        """Say which nodes could run on integers, before any measurement.
+
+        Raises:
+            UsageError: If a name pattern or operator matches no node.
+        """
+        probe = model_io.clone(model)
+        prepare(probe)
+        network = Network(probe, symmetric=ctx.target.symmetric_activations)
+        allowed, skips = self._select(probe, network)
+        return PassReport(
+            changes=tuple(
+                Change(name, network.nodes[name].op_type, "may run on 8-bit integers")
+                for name in network.nodes
+                if name in allowed
+            ),
+            skips=tuple(skips.values()),
+            figures={"candidate_nodes": len(allowed)},
+        )
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        """Quantize ``model`` in place.
+
+        Raises:
+            DataError: If there is no calibration data.
+            UsageError: If a name pattern or operator matches no node.
+        """
+        return _Run(self, self._options, model, ctx).report()
+
+    def _select(self, model: ir.Model, network: Network) -> tuple[frozenset[str], dict[str, Skip]]:
+        """Nodes that may be quantized, and a reason for each other node that might have been."""
+        self._check_patterns(model)
+        skips: dict[str, Skip] = {}
+        allowed: set[str] = set()
+        opset = model.opset_imports.get("", 0)
+        for node in model.graph.all_nodes():
+            name = node.name or ""
+            rule = RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
+            if rule is None:
+                if node.op_type in _NO_RULE and node.domain in {"", "ai.onnx"}:
+                    skips[name] = Skip(name, node.op_type, _NO_RULE[node.op_type])
+                continue
+            if rule.kind not in {Kind.WEIGHTED, Kind.JOINING} or _computes_shapes(node):
+                continue
+            reason = self._excluded(node)
+            if node.graph is not model.graph:
+                reason = "it is inside a branch or a loop body"
+            elif opset < _MIN_OPSET:
+                reason = f"the model's operator set is {opset}; scales per channel need 13"
+            elif reason is None:
+                reason = network.refusals.get(name)
+            if reason is None:
+                allowed.add(name)
+            else:
+                skips[name] = Skip(name, node.op_type, reason)
+        return frozenset(allowed), skips
+
+    def _excluded(self, node: ir.Node) -> str | None:
+        options, name = self._options, node.name or ""
+        if options.op_types and node.op_type not in options.op_types:
+            return f"op_types names only {', '.join(options.op_types)}"
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.exclude):
+            return "excluded by name"
+        if options.include and not any(fnmatch.fnmatchcase(name, p) for p in options.include):
+            return "not among the names to include"
+        return None
+
+    def _check_patterns(self, model: ir.Model) -> None:
+        names = [node.name or "" for node in model.graph.all_nodes()]
+        for role, patterns in (
+            ("include", self._options.include),
+            ("exclude", self._options.exclude),
+        ):
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    raise UsageError(
+                        f"quant.{role}: no node is named like '{pattern}'",
+                        hint="See the node names with: onnxcompress inspect MODEL.",
+                    )
+        operators = {node.op_type for node in model.graph.all_nodes()}
+        for op_type in self._options.op_types:
+            if op_type not in operators:
+                raise UsageError(
+                    f"quant.op_types: the model has no operator '{op_type}'",
+                    hint=f"It has: {', '.join(sorted(operators))}.",
+                )
+
+
+def _computes_shapes(node: ir.Node) -> bool:
+    """Whether ``node`` handles integers, as the arithmetic of shapes and indices does."""
+    dtype = node.outputs[0].dtype
+    return dtype is not None and not dtype.is_floating_point()
+
+
+class _Run:
+    """One run of the pass; collects what happened for the report."""
+
+    def __init__(
+        self, owner: QuantPass, options: QuantOptions, model: ir.Model, ctx: PassContext
+    ) -> None:
+        self._owner = owner
+        self._options = options
+        self._model = model
+        self._ctx = ctx
+        self._work = model_io.clone(model)
+        self._prepared = prepare(self._work)
+        self._builder = Builder(self._work, options, ctx)
+        self._skips: dict[str, Skip] = {}
+        self._notes: list[str] = []
+        self._figures: dict[str, float | int | str] = {}
+
+    def report(self) -> PassReport:
+        """Quantize and say what was done."""
+        network = self._builder.network
+        allowed, self._skips = self._owner._select(self._work, network)
+        if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
+            return self._left_in_float("No convolution or matrix product can run on integers.")
+        self._builder.measure(allowed)
+        allowed = self._fusible(allowed)
+        if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
+            return self._left_in_float("No convolution or matrix product can run on integers.")
+        chosen = self._placed(allowed)
+        built = self._sound(chosen)
+        if built is None:
+            return self._left_in_float(
+                f"On integers the outputs stay below {self._options.min_sqnr_db:g} dB, so the "
+                "model was left as it is."
+            )
+        if not self._pays(built):
+            return self._left_in_float(
+                "On integers this model is slower than in float here, so it was left as it is "
+                "(objective=size quantizes it all the same)."
+            )
+        prepare(self._model)
+        self._builder.write_into(self._model, built.plan, built.affines, built.layers)
+        return self._done(built)
+
+    def _reject(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            self._skips[name] = Skip(name, self._builder.network.nodes[name].op_type, reason)
+
+    def _runs_here(self) -> bool:
+        """Whether onnxruntime on this machine's CPU shows what the target would do."""
+        return (
+            self._ctx.session.providers == ("CPUExecutionProvider",)
+            and self._ctx.target.name != "cuda"
+        )
+
+    def _fusible(self, allowed: frozenset[str]) -> frozenset[str]:
+        if not self._runs_here():
+            return allowed
+        allowed, lost = self._builder.fused(allowed)
+        self._reject(lost, "onnxruntime has no integer kernel for it")
+        return allowed
+
+    def _placed(self, allowed: frozenset[str]) -> frozenset[str]:
+        """The fastest placement; all of ``allowed`` where the clock has no say."""
+        if self._options.objective is Objective.SIZE:
+            return chosen_by(self._builder.network, allowed, Candidate(pools=True))
+        candidate = default_candidate(self._builder.network, allowed)
+        same_machine = self._ctx.target == detect_target()
+        if not (self._runs_here() and same_machine) or self._ctx.calibration is None:
+            self._notes.append(
+                f"The placement was not timed: the target {self._ctx.target.name} is not the "
+                "CPU of this machine."
+            )
+        elif self._options.search_seconds > 0:
+            found = search(
+                self._builder.network,
+                allowed,
+                lambda chosen: self._builder.rough(chosen)[1],
+                self._ctx.calibration.first(),
+                seconds=self._options.search_seconds,
+                progress=self._ctx.progress,
+            )
+            candidate = found.candidate
+            self._figures |= {
+                "placements_timed": found.timed,
+                "search_seconds": round(found.seconds, 1),
+            }
+        chosen = chosen_by(self._builder.network, allowed, candidate)
+        self._figures["placement"] = str(candidate)
+        self._reject(allowed - chosen, "in float the model is faster by the clock")
+        return chosen
+
+    def _sound(self, chosen: frozenset[str]) -> Built | None:
+        """Quantize with care; nodes that cannot keep their output go back to float."""
+        least = self._options.min_sqnr_db
+        network = self._builder.network
+        for _ in range(_CHECK_ROUNDS):
+            if not any(network.rule(name).kind is Kind.WEIGHTED for name in chosen):
+                return None
+            built = self._builder.careful(chosen)
+            worst = built.worst_output()
+            ratios = self._builder.check_nodes(built)
+            bad = {name for name, ratio in ratios.items() if ratio < least}
+            if not bad and worst < least:
+                bad = set(sorted(ratios, key=ratios.__getitem__)[: max(len(ratios) // 4, 1)])
+            if not bad:
+                return built
+            for name in bad:
+                self._reject([name], f"its output keeps only {ratios[name]:.1f} dB on integers")
+            chosen -= bad
+        return None
+
+    def _pays(self, built: Built) -> bool:
+        """Time the result against float; whether it is worth shipping."""
+        timed = self._options.objective is Objective.LATENCY and self._runs_here()
+        if not timed or self._ctx.target != detect_target() or self._ctx.calibration is None:
+            return True
+        settings = SessionSettings(threads=1)
+        quantized = self._builder.write(built.plan, built.affines, built.layers).model
+        sessions = [open_session(self._work, settings), open_session(quantized, settings)]
+        feeds = self._ctx.calibration.first()
+        for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
+            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience)
+            ratio = times[0] / times[1]
+            if ratio >= _LOSES:
+                break
+        self._figures["speed_ratio"] = round(ratio, 3)
+        if _LOSES <= ratio < _GAINS:
+            self._notes.append(
+                "Integers make this model smaller but not faster here "
+                f"({ratio:.2f}x the speed of float with one thread)."
+            )
+        return ratio >= _LOSES
+
+    def _left_in_float(self, note: str) -> PassReport:
+        return PassReport(
+            skips=tuple(self._skips.values()),
+            figures=self._figures | {"integer_nodes": 0},
+            notes=(*self._notes, note),
+        )
+
+    def _done(self, built: Built) -> PassReport:
+        network = self._builder.network
+        changes = list(self._prepared)
+        for name in built.plan.nodes:
+            layer = built.layers.get(name)
+            how = "runs on 8-bit integers"
+            if layer is not None:
+                how += ", weights rounded " + (
+                    "with error feedback" if layer.feedback else "to nearest"
+                )
+            changes.append(Change(name, network.nodes[name].op_type, how))
+        for activation, node in built.plan.folded.items():
+            changes.append(
+                Change(
+                    activation,
+                    network.nodes[activation].op_type,
+                    f"performed by the scale of '{node}'",
+                )
+            )
+        for name in {s for s in self._skips if s in built.plan.nodes}:
+            del self._skips[name]
+        ratios = built.correction.output_sqnr_db
+        self._figures |= {
+            "integer_nodes": len(built.plan.nodes),
+            "integer_weighted_nodes": len(built.layers),
+            "biases_corrected": len(built.correction.shifts),
+            "ranges": built.method.value,
+        }
+        if ratios:
+            self._figures["calibration_sqnr_db"] = round(min(ratios.values()), 1)
+        return PassReport(
+            changes=tuple(changes),
+            skips=tuple(self._skips.values()),
+            figures=self._figures,
+            notes=tuple(self._notes),
+        )

@@ -1,0 +1,230 @@
+"""Placement found by the clock: which nodes to leave in float so that the model is fastest.
+
+An integer kernel is not always the faster one: image stems, narrow depthwise convolutions and the
+last layers often are quicker in float, and each change between the two costs a pass over a tensor.
+Which is which depends on shapes, kernels and machine, so a few placements are built with rough
+scales (timing does not depend on values) and timed against the best one so far, interleaved, with
+one thread.
+
+The search goes through one property after another, times all its alternatives in turns and keeps
+the fastest, so its cost is the number of alternatives, not of combinations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from onnxcompress.graph.constants import constant_of
+from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.operators import WEIGHT, Kind, attribute
+from onnxcompress.passes.quant.placement import Network, make_plan
+from onnxcompress.progress import Progress
+from onnxcompress.runtime import Array, Session, SessionSettings, open_session
+
+_HANDICAP = 1.02
+"""A change must make the model this much faster: less is within the noise of the clock."""
+
+_STEM_HANDICAP = 0.99
+"""The first layer holds few weights and sees the input at full precision: on a tie it is float."""
+
+_SECONDS_PER_ROUND = 0.3
+"""Time to measure for each alternative."""
+
+_WIDE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to choose the nodes that run on integers.
+
+    Attributes:
+        prefix: Weighted nodes at the beginning that stay float.
+        suffix: Weighted nodes at the end that stay float.
+        depthwise: Depthwise convolutions of fewer channels stay float.
+        channels: Weighted nodes with fewer inputs or outputs than this stay float.
+        joins: Whether Add and Mul run on integers.
+        pools: Whether average pools and LeakyRelu run on integers.
+    """
+
+    prefix: int = 0
+    suffix: int = 0
+    depthwise: int = 0
+    channels: int = 0
+    joins: bool = True
+    pools: bool = False
+
+    def __str__(self) -> str:
+        words = []
+        if self.prefix:
+            words.append(f"the first {self.prefix} weighted nodes")
+        if self.suffix:
+            words.append(f"the last {self.suffix}")
+        if self.depthwise >= _WIDE:
+            words.append("depthwise convolutions")
+        elif self.depthwise:
+            words.append(f"depthwise convolutions of fewer than {self.depthwise} channels")
+        if self.channels:
+            words.append(f"nodes of fewer than {self.channels} channels")
+        if not self.joins:
+            words.append("Add and Mul")
+        if not self.pools:
+            words.append("average pools")
+        return f"in float: {', '.join(words)}" if words else "all on integers"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the search ended with.
+
+    Attributes:
+        candidate: The fastest placement.
+        timed: Placements timed.
+        seconds: Time spent.
+    """
+
+    candidate: Candidate
+    timed: int
+    seconds: float
+
+
+def default_candidate(network: Network, allowed: frozenset[str]) -> Candidate:
+    """What the search starts from: all on integers, average pools in float."""
+    pools = any(
+        n.name in allowed and n.op_type not in {"Add", "Mul", "Concat"}
+        for n in network.of_kind(Kind.JOINING)
+    )
+    return Candidate(pools=not pools)
+
+
+def chosen_by(network: Network, allowed: frozenset[str], candidate: Candidate) -> frozenset[str]:
+    """Names of the nodes of ``allowed`` that ``candidate`` puts on integers."""
+    weighted = [n for n in network.of_kind(Kind.WEIGHTED) if n.name in allowed]
+    stop = len(weighted) - candidate.suffix
+    kept = {n.name or "" for n in weighted[candidate.prefix : max(stop, 0)] if _wide(n, candidate)}
+    for node in network.of_kind(Kind.JOINING):
+        if node.name not in allowed:
+            continue
+        if node.op_type in {"Add", "Mul"}:
+            wanted = candidate.joins
+        else:
+            wanted = node.op_type == "Concat" or candidate.pools
+        if wanted:
+            kept.add(node.name or "")
+    return frozenset(kept)
+
+
+def _wide(node: ir.Node, candidate: Candidate) -> bool:
+    inputs, outputs, depthwise = _width(node)
+    if depthwise:
+        return outputs >= candidate.depthwise
+    return min(inputs, outputs) >= candidate.channels
+
+
+def _width(node: ir.Node) -> tuple[int, int, bool]:
+    """Input and output channels of a weighted node, and whether it is a depthwise convolution."""
+    weight = constant_of(node.inputs[WEIGHT])
+    shape = (0, 0) if weight is None else weight.shape
+    groups = int(attribute(node, "group", 1)) if node.op_type.startswith("Conv") else 1
+    if node.op_type == "Conv":
+        return shape[1] * groups, shape[0], groups > 1 and shape[1] == 1
+    return shape[0], shape[1] * groups, False
+
+
+Variants = list[tuple[Candidate, float]]
+"""Alternatives to the best candidate, each with the factor its time is multiplied by."""
+
+
+def alternatives(
+    network: Network, allowed: frozenset[str]
+) -> Iterator[Callable[[Candidate], Variants]]:
+    """The properties to search, each as a function from the best candidate to its alternatives."""
+    weighted = [n for n in network.of_kind(Kind.WEIGHTED) if n.name in allowed]
+    widths = [_width(n) for n in weighted]
+    depthwise = [outputs for _, outputs, is_depthwise in widths if is_depthwise]
+    ordinary = [min(i, o) for i, o, is_depthwise in widths if not is_depthwise]
+    joining = {n.op_type for n in network.of_kind(Kind.JOINING) if n.name in allowed}
+
+    def stems(best: Candidate) -> Variants:
+        longest = min(4, len(weighted) - 1)
+        return [
+            (replace(best, prefix=k), _STEM_HANDICAP if k == 1 else _HANDICAP)
+            for k in range(1, longest + 1)
+        ]
+
+    def depths(best: Candidate) -> Variants:
+        steps = [s for s in (64, 128, 256) if min(depthwise) < s <= max(depthwise)]
+        return [(replace(best, depthwise=s), _HANDICAP) for s in (*steps, _WIDE)]
+
+    def channels(best: Candidate) -> Variants:
+        steps = [s for s in (16, 32, 64) if min(ordinary) < s <= max(ordinary)]
+        return [(replace(best, channels=s), _HANDICAP) for s in steps]
+
+    def tails(best: Candidate) -> Variants:
+        longest = min(2, len(weighted) - 1 - best.prefix)
+        return [(replace(best, suffix=k), _HANDICAP) for k in range(1, longest + 1)]
+
+    if depthwise:
+        yield depths
+    if len(weighted) > 1:
+        yield stems
+    if {"Add", "Mul"} & joining:
+        yield lambda best: [(replace(best, joins=False), _HANDICAP)]
+    if joining - {"Add", "Mul", "Concat"}:
+        yield lambda best: [(replace(best, pools=True), _HANDICAP)]
+    if ordinary:
+        yield channels
+    if len(weighted) > 1:
+        yield tails
+
+
+def search(
+    network: Network,
+    allowed: frozenset[str],
+    build: Callable[[frozenset[str]], ir.Model],
+    feeds: Mapping[str, Array],
+    *,
+    seconds: float,
+    progress: Progress,
+) -> Found:
+    """Find the fastest candidate.
+
+    Args:
+        network: The float model.
+        allowed: Nodes that may run on integers.
+        build: Makes the model that runs the given nodes on integers.
+        feeds: One sample.
+        seconds: No further property is searched after this time.
+        progress: Where to report progress.
+    """
+    started = time.monotonic()
+    settings = SessionSettings(threads=1)
+    best = default_candidate(network, allowed)
+    choice = chosen_by(network, allowed, best)
+    session = open_session(build(choice), settings)
+    seen = {make_plan(network, choice).nodes}
+    timed = 0
+    properties = list(alternatives(network, allowed))
+    with progress.task("timing placements", total=len(properties)) as task:
+        for variants in properties:
+            rivals: list[tuple[Candidate, float, Session]] = [(best, 1.0, session)]
+            for candidate, handicap in variants(best):
+                choice = chosen_by(network, allowed, candidate)
+                nodes = make_plan(network, choice).nodes
+                if nodes in seen or not nodes or time.monotonic() - started > seconds:
+                    continue
+                seen.add(nodes)
+                rivals.append((candidate, handicap, open_session(build(choice), settings)))
+            if len(rivals) > 1:
+                sessions = [rival for _, _, rival in rivals]
+                times = run_times(sessions, feeds, seconds=_SECONDS_PER_ROUND * len(rivals))
+                timed += len(rivals) - 1
+                for (candidate, _, _), run_time in zip(rivals, times, strict=True):
+                    progress.log(f"{run_time * 1e3:.3f} ms {candidate}")
+                marks = [run_time * rival[1] for run_time, rival in zip(times, rivals, strict=True)]
+                best, _, session = rivals[marks.index(min(marks))]
+            task.advance()
+    return Found(best, timed, time.monotonic() - started)

@@ -1,0 +1,108 @@
+"""Both networks side by side: bias correction and the error of single nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxcompress import model_io
+from onnxcompress.calibration.sources import open_dataset
+from onnxcompress.calibration.statistics import MeanRequest
+from onnxcompress.context import PassContext
+from onnxcompress.interface import input_specs
+from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.correction import correct_biases, sqnr_db
+from onnxcompress.passes.quant.operators import Kind
+from onnxcompress.passes.quant.options import QuantOptions
+from tests.builder import ModelBuilder
+from tests.running import context
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> tuple[Builder, PassContext]:
+    """Three depthwise-separable layers whose inputs are far from centred, and their data."""
+    b = ModelBuilder("correction")
+    y = b.input("x", ["batch", 8, 6, 6])
+    for _ in range(3):
+        y = b.op("Relu", b.conv(y, 8, 8, groups=8))
+        y = b.op("Relu", b.conv(y, 8, 8, 1))
+    b.output(b.conv(y, 8, 4, 1))
+    model = b.build()
+    model_io.normalize(model)
+    x = b.rng.normal(1.0, 1.0, size=(64, 8, 6, 6)).astype(np.float32)
+    ctx = context(tmp_path, open_dataset({"x": x}, input_specs(model)))
+    options = QuantOptions.parse({"ranges": "minmax", "weights": "nearest"}, owner="quant")
+    return Builder(model, options, ctx), ctx
+
+
+def _chosen(builder: Builder) -> frozenset[str]:
+    return frozenset(n.name or "" for n in builder.network.of_kind(Kind.WEIGHTED))
+
+
+def _mean_errors(builder: Builder, ctx: PassContext, *, corrected: bool) -> float:
+    """Largest mean error of a channel of the output, relative to the spread of the output."""
+    chosen = _chosen(builder)
+    builder.measure(chosen)
+    built = builder.careful(chosen)
+    layers = built.layers
+    if not corrected:
+        shifts = built.correction.shifts
+        layers = {name: layer.shifted(-shifts[name]) for name, layer in layers.items()}
+    quantized = builder.write(built.plan, built.affines, layers)
+    (name,) = (v.name or "" for v in builder.model.graph.outputs)
+    request = MeanRequest(name, 1)
+    ours = ctx.collect(quantized.model, [request])[request]
+    theirs = ctx.collect(builder.model, [request])[request]
+    return float(np.abs(ours.mean - theirs.mean).max() / np.sqrt(theirs.variance.mean()))
+
+
+def test_correction_brings_the_mean_error_of_each_channel_near_zero(
+    job: tuple[Builder, PassContext],
+) -> None:
+    before = _mean_errors(*job, corrected=False)
+    after = _mean_errors(*job, corrected=True)
+    assert after < 0.3 * before
+    assert after < 5e-3
+
+
+def test_corrected_biases_leave_nothing_to_correct(job: tuple[Builder, PassContext]) -> None:
+    builder, ctx = job
+    chosen = _chosen(builder)
+    builder.measure(chosen)
+    built = builder.careful(chosen)
+    quantized = builder.write(built.plan, built.affines, built.layers)
+    again = correct_biases(ctx, builder.model, quantized, dict.fromkeys(chosen, 1))
+    first = max(float(np.abs(s).max()) for s in built.correction.shifts.values())
+    rest = max(float(np.abs(s).max()) for s in again.shifts.values())
+    assert rest < 0.3 * first
+
+
+def test_the_outputs_are_compared_as_they_will_be(job: tuple[Builder, PassContext]) -> None:
+    builder, ctx = job
+    chosen = _chosen(builder)
+    builder.measure(chosen)
+    built = builder.careful(chosen)
+    quantized = builder.write(built.plan, built.affines, built.layers)
+    real = correct_biases(ctx, builder.model, quantized, {})
+    assert real.shifts == {}
+    assert built.worst_output() == pytest.approx(min(real.output_sqnr_db.values()), abs=1.0)
+
+
+def test_each_node_alone_is_nearer_than_the_whole(job: tuple[Builder, PassContext]) -> None:
+    builder, _ = job
+    chosen = _chosen(builder)
+    builder.measure(chosen)
+    built = builder.careful(chosen)
+    alone = builder.check_nodes(built)
+    assert set(alone) == chosen
+    assert min(alone.values()) > 25
+    last = next(reversed(built.plan.nodes))
+    assert alone[last] > built.worst_output()
+
+
+def test_sqnr_of_no_noise_and_of_no_signal() -> None:
+    assert sqnr_db(1.0, 0.0) == 200
+    assert sqnr_db(0.0, 1.0) == -200
+    assert sqnr_db(100.0, 1.0) == pytest.approx(20)

@@ -50,11 +50,11 @@ class Format(enum.Enum):
 class QuantOptions(PassOptions):
     """Options of :class:`onnxcompress.passes.quant.QuantPass`."""
 
-    objective: Objective = option(  # noqa: RUF009
+    objective: Objective = option(
         Objective.LATENCY,
         "latency: what the clock says is slower in int8 stays float; size: all that can be is int8",
     )
-    ranges: RangeMethod = option(  # noqa: RUF009
+    ranges: RangeMethod = option(
         RangeMethod.AUTO,
         "how activation ranges are chosen: minmax, percentile, mse (least rounding error), or "
         "auto (mse or minmax, whichever keeps the outputs nearer to float)",
@@ -65,10 +65,10 @@ class QuantOptions(PassOptions):
         minimum=50.1,
         maximum=99.9999,
     )
-    weights: Rounding = option(  # noqa: RUF009
+    weights: Rounding = option(
         Rounding.GPTQ, "how weights are rounded: nearest, or gptq (error feedback)"
     )
-    bias_correction: BiasCorrection = option(  # noqa: RUF009
+    bias_correction: BiasCorrection = option(
         BiasCorrection.AUTO,
         "let biases make up for the mean error of their layer: on, off, auto (convolutions)",
     )
@@ -86,7 +86,7 @@ class QuantOptions(PassOptions):
         "most time for timing placements (objective=latency); 0 takes the default one",
         minimum=0.0,
     )
-    format: Format = option(  # noqa: RUF009
+    format: Format = option(
         Format.QDQ, "qdq: QuantizeLinear and DequantizeLinear around float operators"
     )
 

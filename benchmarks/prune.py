@@ -1,0 +1,152 @@
+"""Pruning on real models: the task metric before and after, for several budgets and criteria.
+
+    python benchmarks/prune.py cifar_resnet20 --zoo PATH --models-dir FOLDER --macs 0.8,0.5
+
+PATH holds ``zoo.py``, which prepares models and data (once, into FOLDER) and evaluates results
+independently of this package. One row per model, budget and method; ``--json`` writes all that was
+measured.
+
+The methods ending in ``+ls`` refit the layers behind what was removed; the others only cut. All of
+them share coupling, allocation and alignment, so rows differ in the criterion and the repair alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from onnxcompress import model_io
+from onnxcompress.calibration.sources import open_dataset
+from onnxcompress.context import PassContext
+from onnxcompress.errors import OnnxCompressError
+from onnxcompress.interface import input_specs
+from onnxcompress.passes.fold import FoldPass
+from onnxcompress.passes.prune import Importance, PruneOptions, PrunePass
+from onnxcompress.passes.simplify import SimplifyPass
+from onnxcompress.runtime import SessionSettings, compare_latency, open_session
+from onnxcompress.targets import target_by_name
+
+METHODS: dict[str, tuple[Importance, bool]] = {
+    "random": (Importance.RANDOM, False),
+    "l1": (Importance.L1, False),
+    "l2": (Importance.L2, False),
+    "geometric_median": (Importance.GEOMETRIC_MEDIAN, False),
+    "activation": (Importance.ACTIVATION, False),
+    "obs": (Importance.OBS, False),
+    "l2+ls": (Importance.L2, True),
+    "obs+ls": (Importance.OBS, True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("models", nargs="+", help="names in the zoo")
+    parser.add_argument("--zoo", required=True, type=Path, help="folder that holds zoo.py")
+    parser.add_argument("--models-dir", required=True, type=Path, help="folder of prepared models")
+    parser.add_argument("--macs", default="0.8", help="comma-separated fractions to keep")
+    parser.add_argument("--methods", default="l2,obs+ls", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--samples", type=int, default=512, help="calibration samples")
+    parser.add_argument("--align", type=int, default=0, help="0: the target's")
+    parser.add_argument("--limit", type=int, help="evaluation samples")
+    parser.add_argument("--target", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    arguments = parser.parse_args()
+
+    rows: list[dict[str, object]] = []
+    print(
+        f"{'model':24s} {'macs':>5s} {'method':18s} {'kept':>6s} {'params':>6s} "
+        f"{'metric':>8s} {'before':>8s} {'agree':>6s} {'SQNR':>6s} {'speed':>6s} {'seconds':>7s}"
+    )
+    for name in arguments.models:
+        for kept in map(float, arguments.macs.split(",")):
+            for method in arguments.methods.split(","):
+                row = measure(name, kept, method, arguments)
+                rows.append(row)
+                print(line(row), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(
+    name: str, kept: float, method: str, arguments: argparse.Namespace
+) -> dict[str, object]:
+    """Prune one model one way and evaluate the result."""
+    row: dict[str, object] = {"model": name, "macs": kept, "method": method}
+    source = arguments.models_dir / f"{name}.onnx"
+    calibration = arguments.models_dir / f"{name}.calib.npz"
+    if not source.exists() or not calibration.exists():
+        command = [
+            sys.executable,
+            str(arguments.zoo / "zoo.py"),
+            "prepare",
+            name,
+            str(arguments.models_dir),
+        ]
+        subprocess.run([*command, "--calib-n", str(arguments.samples)], check=True)
+    model = model_io.load(source)
+    model_io.normalize(model)
+    importance, recover = METHODS[method]
+    settings = SessionSettings(threads=arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        context = PassContext(
+            target=target_by_name(arguments.target),
+            work_dir=Path(folder),
+            calibration=open_dataset(calibration, input_specs(model), limit=arguments.samples),
+            session=settings,
+            batch_size=32,
+        )
+        SimplifyPass().run(model, context)
+        FoldPass().run(model, context)
+        dense = model_io.clone(model)
+        options = PruneOptions(
+            macs=kept, importance=importance, recover=recover, align=arguments.align
+        )
+        start = time.perf_counter()
+        try:
+            report = PrunePass(options).run(model, context)
+        except OnnxCompressError as error:
+            return {**row, "error": error.message}
+        row["seconds"] = time.perf_counter() - start
+        row["figures"] = dict(report.figures)
+        result = Path(folder) / f"{name}.onnx"
+        model_io.save(model, result)
+        feeds = context.calibration.first() if context.calibration is not None else {}
+        latency = compare_latency(
+            open_session(dense, settings), open_session(result, settings), feeds
+        )
+        row["speed"] = latency.ratio
+        limit = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
+        found = subprocess.run(
+            [sys.executable, str(arguments.zoo / "zoo.py"), "evaluate", name, str(result), *limit,
+             "--threads", str(arguments.threads or os.cpu_count() or 1)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        row["evaluation"] = json.loads(found.stdout)
+    return row
+
+
+def line(row: dict[str, object]) -> str:
+    """One row of the table."""
+    head = f"{row['model']:24s} {row['macs']:5.2f} {row['method']:18s}"
+    figures, result = row.get("figures"), row.get("evaluation")
+    if not isinstance(figures, dict) or not isinstance(result, dict) or "error" in result:
+        reason = result.get("error") if isinstance(result, dict) else row.get("error")
+        return f"{head} failed: {reason}"
+    agreement = result.get("agreement")
+    return (
+        f"{head} {figures['macs_kept_ratio']:6.3f} {figures['params_kept_ratio']:6.3f} "
+        f"{result['value']:8.4f} {result['reference_value'] or 0:8.4f} "
+        f"{'-' if agreement is None else f'{agreement:.4f}':>6s} {result['sqnr_db']:6.2f} "
+        f"{row['speed']:6.2f} {row['seconds']:7.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""How many units each group gives up: one budget, spent where a unit of cost does least harm.
+
+Every group offers a curve of loss against removed units. On the lower convex hulls of these curves
+the best plan for any price of cost takes segments in the order of loss per saving (the Lagrangian
+solution); the budget decides, by bisection, how many segments are taken. What a unit saves depends
+on what the other groups have lost, so savings are measured again around each solution.
+
+Source: Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Cost = Callable[[Mapping[int, int]], float]
+"""Fraction of the budget's measure that is left when group ``g`` loses ``counts[g]`` units."""
+
+_ROUNDS = 3
+_STEPS = 4
+"""A group of fewer aligned steps than this gets a finer alignment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What removing units of one group costs in quality.
+
+    Attributes:
+        group: Number of the group.
+        counts: Removals to choose from, increasing, the first 0.
+        losses: Predicted loss of each, the first 0.
+    """
+
+    group: int
+    counts: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def loss(self, count: int) -> float:
+        """The loss of one of ``counts``."""
+        return self.losses[self.counts.index(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """One edge of a curve's lower hull: going on to ``count`` costs ``price`` per unit saved."""
+
+    group: int
+    count: int
+    price: float
+
+
+def unit_step(units: int, width: int, align: int, *, strict: bool) -> int:
+    """Units to keep in multiples of, so that channel counts suit the kernels.
+
+    Args:
+        units: Units of the group.
+        width: Channels per unit.
+        align: Wanted multiple of channels.
+        strict: Take ``align`` as it is; otherwise halve it until the group has four steps, so that
+            narrow layers can be pruned at all.
+    """
+    step = align // math.gcd(align, width)
+    while not strict and step > 1 and units < _STEPS * step:
+        align = (align + 1) // 2
+        step = align // math.gcd(align, width)
+    return step
+
+
+def allowed_counts(units: int, step: int, min_kept: float) -> tuple[int, ...]:
+    """Removals that leave a multiple of ``step`` and at least ``min_kept`` of them; 0 first."""
+    floor = max(1, math.ceil(min_kept * units - 1e-9))
+    kept = range(units // step * step, floor - 1, -step)
+    return (0, *(units - k for k in kept if 0 < k < units))
+
+
+def allocate(curves: Sequence[Curve], cost: Cost, kept: float) -> dict[int, int]:
+    """Choose one count per group so that ``cost`` is at most ``kept``, at the least summed loss.
+
+    Args:
+        curves: What there is to remove.
+        cost: Fraction left for given removals; 1 for none.
+        kept: The budget, as a fraction.
+
+    Returns:
+        Units to remove by group; if the budget cannot be reached, all that may go.
+    """
+    most = {c.group: c.counts[-1] for c in curves}
+    plan: dict[int, int] = dict.fromkeys(most, 0)
+    if cost(plan) <= kept:
+        return plan
+    if cost(most) > kept:
+        return most
+    for _ in range(_ROUNDS):
+        found = _bisect(_segments(curves, _savings(curves, cost, plan)), cost, kept, most)
+        if found == plan:
+            break
+        plan = found
+    return _give_back(curves, cost, kept, plan)
+
+
+def _savings(curves: Sequence[Curve], cost: Cost, plan: Mapping[int, int]) -> dict[int, float]:
+    """What one unit of each group saves, the others being as in ``plan``."""
+    savings = {}
+    for curve in curves:
+        last = curve.counts[-1]
+        if last:
+            before, after = cost({**plan, curve.group: 0}), cost({**plan, curve.group: last})
+            savings[curve.group] = (before - after) / last
+    return savings
+
+
+def _segments(curves: Sequence[Curve], savings: Mapping[int, float]) -> list[_Segment]:
+    """The edges of all lower hulls, cheapest first; groups that save nothing offer none."""
+    edges = []
+    for curve in curves:
+        saving = savings.get(curve.group, 0.0)
+        if saving <= 0:
+            continue
+        hull = lower_hull(np.array(curve.counts, float), np.array(curve.losses))
+        for a, b in itertools.pairwise(hull):
+            rise = max(curve.losses[b] - curve.losses[a], 0.0)
+            width = curve.counts[b] - curve.counts[a]
+            edges.append(_Segment(curve.group, curve.counts[b], rise / (width * saving)))
+    return sorted(edges, key=lambda s: (s.price, s.group, s.count))
+
+
+def lower_hull(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[int]:
+    """Indices of the points on the lower convex hull, left to right (monotone chain)."""
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _bisect(
+    segments: Sequence[_Segment], cost: Cost, kept: float, most: Mapping[int, int]
+) -> dict[int, int]:
+    """The shortest prefix of ``segments`` that meets the budget."""
+
+    def plan(length: int) -> dict[int, int]:
+        taken: dict[int, int] = dict.fromkeys(most, 0)
+        for segment in segments[:length]:
+            taken[segment.group] = max(taken[segment.group], segment.count)
+        return taken
+
+    low, high = 0, len(segments)
+    while low < high:
+        middle = (low + high) // 2
+        if cost(plan(middle)) <= kept:
+            high = middle
+        else:
+            low = middle + 1
+    return plan(high)
+
+
+def _give_back(
+    curves: Sequence[Curve], cost: Cost, kept: float, plan: Mapping[int, int]
+) -> dict[int, int]:
+    """Return units while the budget holds, each time where that undoes the most loss."""
+    current = dict(plan)
+    blocked: set[int] = set()
+    while True:
+        offers = []
+        for curve in curves:
+            place = curve.counts.index(current[curve.group])
+            if place and curve.group not in blocked:
+                gain = curve.losses[place] - curve.losses[place - 1]
+                offers.append((gain, curve.group, curve.counts[place - 1]))
+        if not offers:
+            return current
+        gain, group, count = max(offers)
+        if gain > 0 and cost({**current, group: count}) <= kept:
+            current[group] = count
+        else:
+            blocked.add(group)

@@ -1,0 +1,130 @@
+"""What a user can say about pruning."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from onnxcompress.errors import UsageError
+from onnxcompress.passes.base import PassOptions, option
+
+DEFAULT_KEPT = 0.8
+"""Fraction of the MACs kept when the user names no budget."""
+
+
+class Importance(enum.Enum):
+    """How the units to remove are chosen."""
+
+    AUTO = "auto"
+    OBS = "obs"
+    ACTIVATION = "activation"
+    L1 = "l1"
+    L2 = "l2"
+    GEOMETRIC_MEDIAN = "geometric_median"
+    RANDOM = "random"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the criterion looks at activations."""
+        return self in {Importance.OBS, Importance.ACTIVATION}
+
+
+class Measure(enum.Enum):
+    """What a budget counts."""
+
+    MACS = "macs"
+    PARAMS = "params"
+    BYTES = "bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be left of the model.
+
+    Attributes:
+        measure: What is counted.
+        kept: Fraction of it that may stay, in (0, 1].
+    """
+
+    measure: Measure
+    kept: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions(PassOptions):
+    """Options of :class:`~onnxcompress.passes.prune.PrunePass`."""
+
+    macs: float | None = option(
+        None,
+        f"Fraction of the multiply-accumulates to keep; {DEFAULT_KEPT} when no budget is given.",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    params: float | None = option(
+        None, "Fraction of the parameters to keep, instead of macs.", minimum=0.01, maximum=1.0
+    )
+    bytes: float | None = option(
+        None,
+        "Fraction of the bytes of weights to keep, instead of macs.",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    importance: Importance = option(
+        Importance.AUTO,
+        "How units are chosen: obs, activation, l1, l2, geometric_median or random; auto is obs "
+        "with calibration data and l2 without.",
+    )
+    recover: bool = option(
+        True,
+        "Refit the layers that lost inputs, or are added to a shortcut that did, to the "
+        "original's outputs (needs calibration).",
+    )
+    recover_all: bool = option(
+        False, "Refit every layer behind a removal: somewhat closer, about twice as slow."
+    )
+    align: int = option(
+        0,
+        "Keep channel counts that are multiples of this; 0 is the target's own step, smaller for "
+        "narrow layers.",
+        minimum=0,
+        maximum=1024,
+    )
+    min_kept: float = option(
+        0.125, "Fraction of the units of every group that always stays.", minimum=0.0, maximum=1.0
+    )
+    include: tuple[str, ...] = option(
+        (), "Prune only channels made by a node or weight of one of these names (wildcards *, ?)."
+    )
+    exclude: tuple[str, ...] = option(
+        (), "Leave channels alone that a node or weight of one of these names makes (wildcards)."
+    )
+    ridge: float = option(
+        0.0,
+        "Pull towards the original weights, relative to the mean variance of a layer's inputs; 0 "
+        "chooses it on held-out samples.",
+        minimum=0.0,
+    )
+    samples: int = option(512, "Calibration samples to use at most; 0 uses all.", minimum=0)
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget that is set, or the default."""
+        for measure in Measure:
+            kept = getattr(self, measure.value)
+            if kept is not None:
+                return Budget(measure, kept)
+        return Budget(Measure.MACS, DEFAULT_KEPT)
+
+    def validate(self, owner: str) -> None:
+        """Check the bounds, and that no more than one budget is set.
+
+        Raises:
+            UsageError: If an option is out of its bounds or two budgets are set.
+        """
+        PassOptions.validate(self, owner)
+        given = [m.value for m in Measure if getattr(self, m.value) is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"pass '{owner}' takes one budget, not {' and '.join(given)}",
+                hint=f"Set one of {', '.join(m.value for m in Measure)}.",
+            )

@@ -1,0 +1,354 @@
+"""Recovery without training: later layers learn to make up for what was removed before them.
+
+Layers are refitted in the order in which data flows. For each, the inputs ``x`` come from the model
+as compressed so far and the target ``y`` from the original, so that a layer repairs its own lost
+inputs and also the errors that reach it from before. Where its output is added to a shortcut, the
+target is the original sum less the shortcut *as it is now*: the branch then repairs the shortcut.
+
+    W, b = argmin E‖y - W x - b‖² + ρ‖W - W_S‖²,     y = y₀ + (shortcut₀ - shortcut)
+
+``ρ`` is chosen on held-out samples, and a fit that is not better there than the old weights (with
+the mean of the error taken up by the bias) is not used.
+
+Everything runs on the masked model, which has the original's shapes: removed channels are zero
+columns of ``x`` and unused rows of ``y``.
+
+Source: He et al. 2017, "Channel pruning for accelerating very deep networks" (asymmetric,
+sequential reconstruction); Luo et al. 2017, "ThiNet".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.calibration.statistics import (
+    REFERENCE_PREFIX,
+    ConvUnfold,
+    CrossMomentsRequest,
+    CrossMomentsResult,
+)
+from onnxcompress.context import PassContext
+from onnxcompress.errors import DataError
+from onnxcompress.graph.coupling import Coupling
+from onnxcompress.graph.surgery import mask
+from onnxcompress.numerics.least_squares import Moments, choose_ridge, regress, residual_energy
+from onnxcompress.passes.prune.consumers import Consumer, Layers
+from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.passes.prune.samples import split
+from onnxcompress.passes.prune.score import row_limit
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates for the ridge, relative to the mean variance of the inputs."""
+_FALLBACK_RIDGE = 1e-1
+"""Where there are too few samples to hold any out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """What became of one layer.
+
+    Attributes:
+        consumer: The layer.
+        ridges: The ridge used for each group; infinite where only the bias changed, None where
+            nothing did.
+        rows_per_column: Rows seen per unfolded input.
+    """
+
+    consumer: Consumer
+    ridges: tuple[float | None, ...]
+    rows_per_column: float
+
+    @property
+    def used(self) -> bool:
+        """Whether any group got new weights."""
+        return any(r is not None for r in self.ridges)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What was refitted, and which layers downstream of a removal could not be.
+
+    Attributes:
+        refits: The layers treated, in topological order of their levels.
+        untreated: Node name to the reason.
+    """
+
+    refits: tuple[Refit, ...]
+    untreated: Mapping[str, str]
+
+
+def recover(
+    model: ir.Model,
+    reference: ir.Model,
+    coupling: Coupling,
+    removed: Mapping[int, Indices],
+    layers: Layers,
+    options: PruneOptions,
+    ctx: PassContext,
+) -> Recovery:
+    """Refit the layers of ``model`` that the removal affects; the units themselves stay to be cut.
+
+    Args:
+        model: The model whose weights are changed in place.
+        reference: The original.
+        coupling: Its groups.
+        removed: Units to be removed, by group.
+        layers: The linear layers.
+        options: How much to refit, and the ridge.
+        ctx: The job; it has calibration data.
+    """
+    masked = mask(model, coupling, removed)
+    kept = coupling.kept(removed)
+    levels, untreated = _jobs(model, masked, coupling, kept, layers, options.recover_all)
+    if ctx.calibration is None:
+        raise DataError("recovery needs calibration data and the job has none")
+    parts = [part for part in split(ctx.calibration) if part is not None]
+    done: list[Refit] = []
+    for number, level in enumerate(levels, start=1):
+        requests = {job.consumer.node: job.request() for job in level}
+        text = f"prune: refitting layers, step {number} of {len(levels)}"
+        found = [
+            dataclasses.replace(ctx, calibration=part).collect(
+                masked, requests.values(), reference=reference, description=text
+            )
+            for part in parts
+        ]
+        for job in level:
+            results = [s[requests[job.consumer.node]] for s in found]
+            fit = job.solve(masked, results, options.ridge)
+            done.append(fit.refit)
+            job.consumer.write(masked, fit.weight, fit.bias)
+            job.consumer.write(model, fit.weight, fit.bias)
+    return Recovery(tuple(done), untreated)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    weight: Array
+    bias: Array
+    refit: Refit
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One layer to refit.
+
+    Attributes:
+        consumer: The layer.
+        data: Name of its (masked) data input in the masked model.
+        target: What to fit to.
+        inputs: Which input channels stay, [C].
+        outputs: Which outputs stay, [O].
+    """
+
+    consumer: Consumer
+    data: str
+    target: tuple[tuple[str, float], ...]
+    inputs: npt.NDArray[np.bool_]
+    outputs: npt.NDArray[np.bool_]
+
+    def request(self) -> CrossMomentsRequest:
+        """The statistics it needs."""
+        consumer = self.consumer
+        return CrossMomentsRequest(
+            self.data,
+            consumer.unfold,
+            self.target,
+            consumer.target_axis,
+            row_limit(consumer.width),
+        )
+
+    def solve(self, model: ir.Model, results: Sequence[CrossMomentsResult], ridge: float) -> _Fit:
+        """New weights from the moments on the fitting samples and, if any, the held-out ones."""
+        consumer = self.consumer
+        weight, bias = consumer.matrix(model), consumer.bias_vector(model)
+        share = consumer.outputs // consumer.groups
+        channels = len(self.inputs) // consumer.groups
+        ridges: list[float | None] = []
+        for g in range(consumer.groups):
+            rows = np.flatnonzero(self.outputs[g * share : (g + 1) * share])
+            here = np.flatnonzero(self.inputs[g * channels : (g + 1) * channels])
+            columns = consumer.columns(here)
+            if len(rows) == 0 or len(columns) == 0:
+                ridges.append(None)
+                continue
+            parts = [_moments(r, g, rows + g * share).select(columns) for r in results]
+            if consumer.bias is None:
+                parts = [p.uncentred() for p in parts]
+            prior = weight[g][np.ix_(rows, columns)]
+            chosen = _choose(parts, prior, bias[rows + g * share], ridge)
+            ridges.append(chosen)
+            if chosen is None:
+                continue
+            whole = parts[0] if len(parts) == 1 else parts[0].merge(parts[1])
+            fitted = prior
+            if np.isfinite(chosen):
+                fitted = regress(whole, prior, chosen)[0]
+                weight[g][np.ix_(rows, columns)] = fitted
+            if consumer.bias is not None:
+                bias[rows + g * share] = whole.mean_y - fitted @ whole.mean_x
+        used = int(np.count_nonzero(self.inputs)) // consumer.groups * consumer.taps
+        rows_seen = sum(r.count for r in results)
+        return _Fit(weight, bias, Refit(consumer, tuple(ridges), rows_seen / max(used, 1)))
+
+
+def _choose(parts: Sequence[Moments], prior: Array, bias: Array, ridge: float) -> float | None:
+    """The ridge that serves the held-out part best.
+
+    Infinite stands for the old weights with a new bias, None for no change at all.
+    """
+    if len(parts) == 1:
+        return ridge or _FALLBACK_RIDGE
+    fit, held_out = parts
+    candidates = (ridge,) if ridge else RIDGES
+    chosen, fitted = choose_ridge(fit, held_out, prior, candidates)
+    shifted = fit.mean_y - prior @ fit.mean_x
+    old, moved = (float(residual_energy(held_out, prior, b).sum()) for b in (bias, shifted))
+    energies: list[tuple[float, float | None]] = [(fitted, chosen), (moved, np.inf), (old, None)]
+    return min(energies, key=lambda e: e[0])[1]
+
+
+def _moments(result: CrossMomentsResult, group: int, rows: Indices) -> Moments:
+    share = result.cross.shape[2]
+    return Moments(
+        count=result.count,
+        mean_x=result.mean_x[group],
+        mean_y=result.mean_y[rows],
+        covariance=result.covariance[group],
+        cross=result.cross[group][:, rows - group * share],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Flow:
+    """Which jobs and removals lie upstream of each value of the masked model.
+
+    Attributes:
+        jobs: Bit ``j`` is set where candidate ``j`` lies upstream.
+        touched: Whether the value can differ from the original's.
+    """
+
+    jobs: dict[ir.Value, int]
+    touched: set[ir.Value]
+
+
+def _trace(masked: ir.Model, original: set[str], order: Mapping[str, int]) -> _Flow:
+    jobs: dict[ir.Value, int] = {}
+    touched: set[ir.Value] = set()
+    for node in masked.graph:
+        name = node.name or ""
+        upstream = 1 << order[name] if name in order else 0
+        changed = name not in original
+        for value in node.inputs:
+            if value is not None:
+                upstream |= jobs.get(value, 0)
+                changed = changed or value in touched
+        for output in node.outputs:
+            jobs[output] = upstream
+            if changed:
+                touched.add(output)
+    return _Flow(jobs, touched)
+
+
+def _jobs(
+    model: ir.Model,
+    masked: ir.Model,
+    coupling: Coupling,
+    kept: npt.NDArray[np.bool_],
+    layers: Layers,
+    everything: bool,
+) -> tuple[list[list[_Job]], dict[str, str]]:
+    """The layers to refit, in levels that do not depend on one another, and those that cannot be.
+
+    A layer is refitted if it lost inputs, or if the shortcut that its output is added to changed;
+    with ``everything``, also if only the values of its inputs changed.
+    """
+    consumers = {n: c for n, c in layers.consumers.items() if c.obstacle is None}
+    names = [n.name or "" for n in masked.graph if n.name in consumers]
+    order = {name: i for i, name in enumerate(names)}
+    flow = _trace(masked, {n.name or "" for n in model.graph}, order)
+    nodes = {n.name or "": n for n in masked.graph}
+    levels: list[list[_Job]] = []
+    level_of: dict[int, int] = {}
+    for index, name in enumerate(names):
+        consumer, data = consumers[name], nodes[name].inputs[0]
+        target = _target(nodes[name], consumer, flow, index)
+        axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
+        channels = consumer.width // consumer.taps * consumer.groups
+        inputs = _stays(coupling, kept, consumer.data, axis, channels)
+        lost = not inputs.all() or target.shortcut is not None
+        if data is None or not (lost or (everything and data in flow.touched)):
+            continue
+        upstream = flow.jobs.get(data, 0)
+        if target.shortcut is not None:
+            upstream |= flow.jobs.get(target.shortcut, 0)
+        level = 1 + max((depth for j, depth in level_of.items() if upstream >> j & 1), default=-1)
+        level_of[index] = level
+        if level == len(levels):
+            levels.append([])
+        levels[level].append(
+            _Job(
+                consumer,
+                data.name or "",
+                target.terms,
+                inputs,
+                _stays(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs),
+            )
+        )
+    contractions = {t.node for t in coupling.macs} - set(names)
+    untreated = {
+        name: layers.obstacle(name)
+        for name, node in nodes.items()
+        if name in contractions and any(v in flow.touched for v in node.inputs)
+    }
+    return levels, untreated
+
+
+def _stays(
+    coupling: Coupling, kept: npt.NDArray[np.bool_], value: str, axis: int, length: int
+) -> npt.NDArray[np.bool_]:
+    """Which positions on an axis of a value of the original stay, [length]."""
+    axes = coupling.axes.get(value)
+    units = None if axes is None else axes[axis]
+    if units is None:
+        return np.ones(length, np.bool_)
+    return np.asarray((units < 0) | kept[units])
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    terms: tuple[tuple[str, float], ...]
+    shortcut: ir.Value | None = None
+
+
+def _target(node: ir.Node, consumer: Consumer, flow: _Flow, index: int) -> _Target:
+    """The original's output, or, before a residual Add, the original's sum less today's shortcut.
+
+    The shortcut must not depend on layers that are refitted later: of two branches that meet, the
+    last one repairs what the first one left.
+    """
+    plain = _Target(((REFERENCE_PREFIX + consumer.output, 1.0),))
+    output = node.outputs[0]
+    if output.name != consumer.output:  # the bias is an Add of its own
+        output = next(iter(output.uses())).node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
+        return plain
+    add = uses[0].node
+    shortcut = add.inputs[1 - uses[0].idx]
+    if shortcut is None or shortcut not in flow.touched or shortcut.shape is None:
+        return plain
+    if shortcut.shape != output.shape or flow.jobs.get(shortcut, 0) >> index:
+        return plain
+    total = add.outputs[0]
+    terms = ((f"{REFERENCE_PREFIX}{total.name}", 1.0), (shortcut.name or "", -1.0))
+    return _Target(terms, shortcut)

@@ -1,0 +1,337 @@
+"""In which order the units of every group go, and what that is predicted to cost.
+
+With calibration data the consumers of a group become blocks of the elimination in
+:mod:`onnxcompress.numerics.least_squares`; its error curve has the right shape but not the right
+height, for an error in one layer can matter more to the model's outputs than the same error in
+another. So each curve is scaled by one measurement: the error of the model's outputs when half of
+this group alone is removed. Without data the curves are sums of squared normalized magnitudes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.statistics import MomentsRequest, Statistics
+from onnxcompress.context import PassContext
+from onnxcompress.errors import DataError
+from onnxcompress.graph.constants import constant_of
+from onnxcompress.graph.coupling import Coupling, Group, Sink, Source
+from onnxcompress.graph.surgery import mask
+from onnxcompress.numerics import importance
+from onnxcompress.numerics.least_squares import (
+    Block,
+    best_fit,
+    eliminate,
+    removal_energy,
+    shrunk,
+)
+from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer
+from onnxcompress.passes.prune.options import Importance, PruneOptions
+from onnxcompress.passes.prune.samples import split
+from onnxcompress.runtime import open_session
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+ROWS_PER_COLUMN = 50
+"""Rows collected for each unfolded input; fewer than 10 overfit."""
+MIN_ROWS = 16384
+_MOMENT_BYTES = 1 << 30
+"""Covariances held at a time while scoring."""
+_PROBE_SAMPLES = 64
+"""Samples for the measured output error; its scale matters, not its digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The order of removal of one group.
+
+    Attributes:
+        group: The group.
+        order: Units, first to go first.
+        losses: Predicted loss after the first k removals, [len(order) + 1].
+        basis: What it rests on, for the report ("obs", "l2", ...).
+    """
+
+    group: Group
+    order: Indices
+    losses: Array
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A consumer that reads a group, with the columns of each unit, one entry per channel group."""
+
+    consumer: Consumer
+    columns: tuple[tuple[int, Indices], ...]
+
+
+def row_limit(width: int) -> int:
+    """Rows to collect for an unfolded width."""
+    return max(MIN_ROWS, ROWS_PER_COLUMN * width)
+
+
+def magnitude_rows(model: ir.Model, group: Group) -> list[Array]:
+    """The weights that make each unit, one [units, n] per layer; those that read it if none do."""
+    places: Sequence[Source | Sink] = group.sources or group.sinks
+    rows = []
+    for place in places:
+        if place.weight is None or place.weight_axis is None:
+            continue
+        if place.weight not in model.graph.initializers:
+            continue
+        stored = constant_of(model.graph.initializers[place.weight])
+        if stored is None:
+            continue
+        weight = np.moveaxis(stored.astype(np.float64), place.weight_axis, 0)
+        if place.positions.max(initial=0) < len(weight):
+            rows.append(weight[place.positions].reshape(group.size, -1))
+    return rows
+
+
+def rank_by_weights(
+    model: ir.Model, group: Group, criterion: Importance, seed: int
+) -> tuple[Indices, Array]:
+    """Order and loss curve of one group from its weights alone.
+
+    The loss of a unit is its squared normalized score, so that groups compare by what stands out
+    within them.
+    """
+    if criterion is Importance.RANDOM:
+        scores = importance.random(group.size, seed + group.index)
+        return np.argsort(scores, kind="stable"), np.arange(group.size + 1.0)
+    scores = np.zeros(group.size)
+    for rows in magnitude_rows(model, group):
+        if criterion is Importance.GEOMETRIC_MEDIAN:
+            part = importance.geometric_median(rows)
+        else:
+            part = importance.magnitude(rows, 1 if criterion is Importance.L1 else 2)
+        scores += importance.normalized(part)
+    order = np.argsort(scores, kind="stable")
+    losses = importance.normalized(scores[order]) ** 2
+    return order, np.concatenate([[0.0], np.cumsum(losses)])
+
+
+def rank_without_data(
+    model: ir.Model, groups: Iterable[Group], criterion: Importance, seed: int
+) -> list[Ranking]:
+    """Rankings of all groups from their weights alone."""
+    return [
+        Ranking(g, *rank_by_weights(model, g, criterion, seed), criterion.value) for g in groups
+    ]
+
+
+def readers_of(group: Group, consumers: Mapping[str, Consumer]) -> list[_Reader]:
+    """The linear layers that contract the group's units, and which columns each unit owns."""
+    readers = []
+    for sink in group.sinks:
+        consumer = consumers.get(sink.node)
+        if consumer is None or sink.weight != consumer.weight or sink.data_input != 0:
+            continue
+        if consumer.width > MAX_WIDTH:
+            continue
+        channels = consumer.width // consumer.taps
+        blocks: list[tuple[int, Indices]] = []
+        for g in np.unique(sink.positions // channels):
+            inside = sink.positions // channels == g
+            counts = inside.sum(axis=1)
+            if counts.min() != counts.max() or counts[0] == 0:
+                blocks = []
+                break
+            own = (sink.positions[inside] % channels).reshape(group.size, -1)
+            blocks.append((int(g), consumer.columns(own)))
+        if blocks:
+            readers.append(_Reader(consumer, tuple(blocks)))
+    return readers
+
+
+def rank_with_data(
+    model: ir.Model,
+    coupling: Coupling,
+    groups: Sequence[Group],
+    consumers: Mapping[str, Consumer],
+    options: PruneOptions,
+    ctx: PassContext,
+) -> list[Ranking]:
+    """Rankings of all groups, with curves scaled by the measured error of the model's outputs."""
+    readers = {g.index: readers_of(g, consumers) for g in groups}
+    if ctx.calibration is None:
+        raise DataError("ranking by activations needs calibration data and the job has none")
+    fitting, held_out = split(ctx.calibration)
+    ctx = dataclasses.replace(ctx, calibration=fitting)
+    probe = OutputProbe(model, fitting if held_out is None else held_out, ctx)
+    rankings: list[Ranking] = []
+    batches = list(_batches(groups, readers))
+    for number, batch in enumerate(batches, start=1):
+        requests = {
+            r.consumer.node: moments_request(r.consumer) for g in batch for r in readers[g.index]
+        }
+        part = f" ({number} of {len(batches)})" if len(batches) > 1 else ""
+        statistics = ctx.collect(
+            model, requests.values(), description=f"prune: input moments{part}"
+        )
+        with ctx.progress.task("prune: ranking channels", len(batch)) as task:
+            for group in batch:
+                found = _Scored(model, group, readers[group.index], statistics)
+                rankings.append(found.rank(coupling, options, ctx.seed, probe))
+                task.advance()
+    return rankings
+
+
+def moments_request(consumer: Consumer) -> MomentsRequest:
+    """The input moments of a consumer."""
+    return MomentsRequest(consumer.data, consumer.unfold, row_limit(consumer.width))
+
+
+def _batches(
+    groups: Sequence[Group], readers: Mapping[int, Sequence[_Reader]]
+) -> Iterator[list[Group]]:
+    """Groups whose covariances fit into memory together."""
+    batch: list[Group] = []
+    used = 0
+    for group in groups:
+        size = sum(8 * r.consumer.groups * r.consumer.width**2 for r in readers[group.index])
+        if batch and used + size > _MOMENT_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(group)
+        used += size
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """One group together with the moments of its readers."""
+
+    model: ir.Model
+    group: Group
+    readers: Sequence[_Reader]
+    statistics: Statistics
+
+    def rank(
+        self, coupling: Coupling, options: PruneOptions, seed: int, probe: OutputProbe
+    ) -> Ranking:
+        order, losses, basis = self._curve(options, seed)
+        half = max(1, min(self.group.size // 2, len(order)))
+        removed = {self.group.index: order[:half]}
+        variant = mask(self.model, coupling, removed)
+        if options.recover:
+            self._refit(variant, order[:half])
+        measured = probe.error_of(variant)
+        scale = measured / losses[half] if losses[half] > 0 else 0.0
+        return Ranking(self.group, order, losses * scale, basis)
+
+    def _curve(self, options: PruneOptions, seed: int) -> tuple[Indices, Array, str]:
+        criterion = options.importance
+        blocks = [b for r in self.readers for b in self._blocks(r)]
+        if criterion in {Importance.AUTO, Importance.OBS} and blocks:
+            found = eliminate(blocks)
+            if options.recover:
+                return found.order, found.errors, Importance.OBS.value
+            return found.order, removal_energy(blocks, found.order), Importance.OBS.value
+        if criterion is Importance.ACTIVATION and blocks:
+            scores = self._activation_scores(blocks)
+            order = np.argsort(scores, kind="stable")
+        else:
+            criterion = (
+                Importance.L2 if criterion.needs_data or criterion is Importance.AUTO else criterion
+            )
+            order, losses = rank_by_weights(self.model, self.group, criterion, seed)
+        if blocks:
+            order = order[: self.group.size - 1]
+            losses = (
+                eliminate(blocks, order=order).errors
+                if options.recover
+                else removal_energy(blocks, order)
+            )
+        return order, losses, criterion.value
+
+    def _activation_scores(self, blocks: Sequence[Block]) -> Array:
+        scores = np.zeros(self.group.size)
+        for block in blocks:
+            rows = np.moveaxis(block.weight[:, block.columns], 1, 0)  # [U, O, m]
+            energy = np.diag(block.moment)[block.columns][:, None, :]
+            part = importance.activation_weighted(
+                rows.reshape(self.group.size, -1),
+                np.broadcast_to(energy, rows.shape).reshape(self.group.size, -1),
+            )
+            scores += importance.normalized(part)
+        return scores
+
+    def _moment(self, reader: _Reader) -> tuple[Array, Array]:
+        """``H`` [G, D, D], centred where a bias can take up the mean, and the means [G, D]."""
+        found = self.statistics[moments_request(reader.consumer)]
+        covariance = np.stack([shrunk(c, found.count) for c in found.covariance])
+        if reader.consumer.bias is not None:
+            return covariance, found.mean
+        raw = covariance + found.mean[:, :, None] * found.mean[:, None, :]
+        return raw, np.zeros_like(found.mean)
+
+    def _blocks(self, reader: _Reader) -> list[Block]:
+        moment, _ = self._moment(reader)
+        weight = reader.consumer.matrix(self.model)
+        energy = float(np.einsum("god,gde,goe->", weight, moment, weight))
+        scale = 1.0 / energy if energy > 0 else 0.0
+        return [Block(weight[g], moment[g], columns, scale) for g, columns in reader.columns]
+
+    def _refit(self, variant: ir.Model, removed: Indices) -> None:
+        """Give the readers the weights that make up best for the removed units."""
+        for reader in self.readers:
+            consumer = reader.consumer
+            if consumer.obstacle:
+                continue
+            moment, mean = self._moment(reader)
+            weight = consumer.matrix(self.model)
+            fitted = weight.copy()
+            for g, columns in reader.columns:
+                gone = columns[removed].ravel()
+                kept = np.setdiff1d(np.arange(consumer.width), gone)
+                fitted[g][:, gone] = 0.0
+                fitted[g][:, kept] = best_fit(moment[g], weight[g], kept)
+            shift = np.einsum("god,gd->go", weight - fitted, mean).reshape(-1)
+            consumer.write(variant, fitted, consumer.bias_vector(self.model) + shift)
+
+
+class OutputProbe:
+    """Measures how far a changed model's outputs are from the original's, on a few samples.
+
+    Args:
+        model: The original.
+        data: Samples, best such as the changes were not fitted to.
+        ctx: The job.
+    """
+
+    def __init__(self, model: ir.Model, data: Dataset, ctx: PassContext) -> None:
+        self._ctx = ctx
+        group = data.layout.group or 1
+        probed = data.take(max(_PROBE_SAMPLES // group, 1) * group)
+        self._batches = list(probed.batches(ctx.batch_size))
+        self._expected = list(self._run(model))
+
+    def error_of(self, variant: ir.Model) -> float:
+        """``Σ‖y - y₀‖² / Σ‖y₀‖²``, averaged over the floating-point outputs; 1 if not finite."""
+        error: dict[str, float] = {}
+        energy: dict[str, float] = {}
+        for expected, got in zip(self._expected, self._run(variant), strict=True):
+            for name, wanted in expected.items():
+                difference = float(np.sum((got[name] - wanted) ** 2))
+                error[name] = error.get(name, 0.0) + difference
+                energy[name] = energy.get(name, 0.0) + float(np.sum(wanted**2))
+        ratios = [error[n] / energy[n] for n in error if energy[n] > 0]
+        mean = float(np.mean(ratios)) if ratios else 0.0
+        return mean if np.isfinite(mean) else 1.0
+
+    def _run(self, model: ir.Model) -> Iterator[dict[str, Array]]:
+        session = open_session(model, self._ctx.session, work_dir=self._ctx.work_dir)
+        for feeds in self._batches:
+            outputs = session.run(feeds)
+            yield {n: v.astype(np.float64) for n, v in outputs.items() if v.dtype.kind == "f"}

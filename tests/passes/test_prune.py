@@ -1,0 +1,279 @@
+"""The pruning pass: budgets, recovery, options and every fixture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcompress import model_io
+from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.sources import open_dataset
+from onnxcompress.errors import PassError, UsageError
+from onnxcompress.graph.cost import cost_of
+from onnxcompress.interface import input_specs
+from onnxcompress.passes.base import PassReport
+from onnxcompress.passes.prune import Importance, PruneOptions, PrunePass
+from tests.builder import Array, ModelBuilder
+from tests.fixtures import RUNNABLE, Fixture, fixture
+from tests.running import context, interface, largest_error, run_model
+
+QUICK = (
+    "residual_bn",
+    "depthwise_separable",
+    "inception_concat",
+    "squeeze_excite",
+    "grouped_shuffle",
+    "conv_1d_3d",
+    "pad_slice_shortcut",
+    "mlp_matmul",
+    "mini_transformer",
+    "tied_weights",
+    "lstm",
+    "half_precision",
+    "two_outputs",
+)
+"""Fixtures for the test with data and recovery: one of each kind, to stay quick."""
+
+
+BLIND = PruneOptions(align=1, importance=Importance.L2, recover=False)
+"""Weights alone decide, nothing is refitted."""
+
+
+def normalized(model: ir.Model) -> ir.Model:
+    model_io.normalize(model)
+    return model
+
+
+def samples(model: ir.Model, count: int, seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        s.name: rng.normal(size=[count, *(int(d) for d in (s.shape or ())[1:])]).astype(s.dtype)
+        for s in input_specs(model)
+    }
+
+
+def dataset(model: ir.Model, feeds: dict[str, Array]) -> Dataset:
+    return open_dataset(feeds, input_specs(model))
+
+
+def redundant_network() -> ir.Model:
+    """A residual network in which 8 of 16 inner channels are linear combinations of the others.
+
+    The inner layers have no activation and the first one no bias, so the loss can be made up
+    exactly.
+    """
+    b = ModelBuilder("redundant")
+    x = b.input("x", ["batch", 4, 6, 6])
+    stem = b.op("Relu", b.conv(x, 4, 8))
+    base = b.rng.normal(size=(8, 8, 3, 3))
+    mixing = b.rng.normal(size=(8, 8))
+    weight = np.concatenate([base, np.einsum("ij,jckl->ickl", mixing, base)])[b.rng.permutation(16)]
+    inner = b.op("Conv", stem, b.constant(weight.astype(np.float32) / 8, "inner"), pads=[1] * 4)
+    y = b.op("Add", b.conv(inner, 16, 8, bias=False), stem)
+    b.output(b.gemm(b.op("Flatten", b.op("GlobalAveragePool", b.op("Relu", y))), 8, 5))
+    return normalized(b.build())
+
+
+def pruned(
+    model: ir.Model, options: PruneOptions, work_dir: Path, data: Dataset | None = None
+) -> tuple[ir.Model, PassReport]:
+    """A pruned copy, checked and with the interface of the original."""
+    result = model_io.clone(model)
+    report = PrunePass(options).run(result, context(work_dir, data))
+    model_io.check(result)
+    assert interface(result) == interface(model)
+    return result, report
+
+
+def test_redundant_channels_go_and_the_outputs_stay(tmp_path: Path) -> None:
+    model = redundant_network()
+    data = dataset(model, samples(model, 64))
+    options = PruneOptions(macs=0.6, align=1, include=("inner",), min_kept=0.5)
+    result, report = pruned(model, options, tmp_path, data)
+    assert report.figures["units_removed"] == 8
+    assert float(report.figures["macs_kept_ratio"]) <= 0.6
+    fresh = samples(model, 16, seed=1)
+    assert largest_error(run_model(result, fresh), run_model(model, fresh)) < 1e-3
+
+    blind = replace(BLIND, macs=0.6, include=("inner",), min_kept=0.5)
+    without, _ = pruned(model, blind, tmp_path, data)
+    assert largest_error(run_model(without, fresh), run_model(model, fresh)) > 0.02
+
+
+def test_recovery_lowers_the_error_of_every_criterion(tmp_path: Path) -> None:
+    model = normalized(fixture("pad_slice_shortcut").build())
+    data, fresh = dataset(model, samples(model, 64)), samples(model, 32, seed=1)
+    expected = {n: v.astype(np.float64) for n, v in run_model(model, fresh).items()}
+
+    def error(importance: Importance, recover: bool) -> float:
+        options = PruneOptions(macs=0.7, align=1, importance=importance, recover=recover)
+        found = run_model(pruned(model, options, tmp_path, data)[0], fresh)
+        return sum(float(np.sum((found[n].astype(np.float64) - expected[n]) ** 2)) for n in found)
+
+    for importance in (Importance.OBS, Importance.ACTIVATION, Importance.L1, Importance.RANDOM):
+        assert error(importance, True) < error(importance, False), importance
+
+
+def test_a_branch_makes_up_for_what_its_shortcut_lost(tmp_path: Path) -> None:
+    """The right layer sees all of x, so it can imitate what the left one lost exactly."""
+    b = ModelBuilder("shortcut")
+    x = b.input("x", ["batch", 6])
+    hidden = b.op("MatMul", x, b.weight(6, 8, name="narrow"))
+    left = b.op("Gemm", hidden, b.weight(8, 6), b.weight(6))
+    right = b.op("Gemm", x, b.weight(6, 6), b.weight(6))
+    b.output(b.op("Tanh", b.op("Add", left, right)))
+    model = normalized(b.build())
+    feeds = samples(model, 64)
+    options = PruneOptions(macs=0.6, align=1, include=("narrow",), min_kept=0.0)
+    result, _ = pruned(model, options, tmp_path, dataset(model, feeds))
+    blind = replace(options, recover=False)
+    without, _ = pruned(model, blind, tmp_path, dataset(model, feeds))
+    fresh = samples(model, 16, seed=1)
+    expected = run_model(model, fresh)
+    assert largest_error(run_model(without, fresh), expected) > 0.1
+    assert largest_error(run_model(result, fresh), expected) < 1e-3
+
+
+def test_refitting_everything_reaches_layers_that_lost_nothing(tmp_path: Path) -> None:
+    b = ModelBuilder("three_layers")
+    y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 8, 8]), 3, 8))
+    b.output(b.conv(b.op("Relu", b.conv(y, 8, 8)), 8, 4))
+    model = normalized(b.build())
+    first, second, third = (n.name or "" for n in model.graph if n.op_type == "Conv")
+    data = dataset(model, samples(model, 48))
+    options = PruneOptions(macs=0.7, align=1, include=(first,))
+    refitted = [
+        {c.node for c in pruned(model, o, tmp_path, data)[1].changes if "refitted" in c.what}
+        for o in (options, replace(options, recover_all=True))
+    ]
+    assert refitted == [{second}, {second, third}]
+
+
+@pytest.mark.parametrize("measure", ["macs", "params", "bytes"])
+def test_every_budget_is_met_and_not_by_far(measure: str, tmp_path: Path) -> None:
+    model = normalized(fixture("mini_transformer").build())
+    values = {measure: 0.75, "align": 1, "importance": "l2", "recover": False}
+    options = PruneOptions.parse(values, owner="prune")
+    result, report = pruned(model, options, tmp_path)
+    before, after = cost_of(model), cost_of(result)
+    ratio = {
+        "macs": after.macs / before.macs,
+        "params": after.parameters / before.parameters,
+        "bytes": after.weight_bytes / before.weight_bytes,
+    }[measure]
+    assert 0.65 <= ratio <= 0.751
+    assert report.figures["macs_kept_ratio"] == pytest.approx(after.macs / before.macs)
+
+
+@pytest.mark.parametrize("case", RUNNABLE, ids=str)
+def test_every_fixture_survives_without_data(case: Fixture, tmp_path: Path) -> None:
+    model = normalized(case.build())
+    result, report = pruned(model, PruneOptions(params=0.85, align=1), tmp_path)
+    found = run_model(result, case.feeds(model))
+    assert all(np.isfinite(v).all() for v in found.values() if v.dtype.kind == "f")
+    assert any("No calibration data" in n for n in report.notes)
+    if report.changes:
+        assert float(report.figures["params_kept_ratio"]) < 0.95
+    else:
+        assert any("Nothing can be pruned" in n for n in report.notes)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_fixtures_of_each_kind_survive_with_recovery(name: str, tmp_path: Path) -> None:
+    case = fixture(name)
+    model = normalized(case.build())
+    data = dataset(model, case.feeds(model, batch=12))
+    result, report = pruned(model, PruneOptions(macs=0.85, align=1), tmp_path, data)
+    assert float(report.figures["macs_kept_ratio"]) <= 0.85
+    found = run_model(result, case.feeds(model, seed=1))
+    assert all(np.isfinite(v).all() for v in found.values() if v.dtype.kind == "f")
+
+
+def test_a_missing_bias_is_added_only_where_it_is_used(tmp_path: Path) -> None:
+    model = redundant_network()
+    data = dataset(model, samples(model, 32))
+    result, _ = pruned(model, PruneOptions(macs=0.6, align=1, include=("inner",)), tmp_path, data)
+    added = [n for n in result.graph.initializers if n.endswith("/prune_bias")]
+    convolutions = [n for n in result.graph if n.op_type == "Conv"]
+    assert len(added) == sum(len(n.inputs) > 2 for n in convolutions) - 1  # the stem has its own
+    assert len(added) == 1
+
+
+def test_names_choose_the_groups_and_unknown_names_are_refused(tmp_path: Path) -> None:
+    model = normalized(fixture("conv_chain").build())
+    first, second = (n.name or "" for n in model.graph if n.op_type == "Conv")
+    _, report = pruned(model, replace(BLIND, macs=0.9, include=(first,)), tmp_path)
+    assert {c.node for c in report.changes} == {first}
+    _, report = pruned(model, replace(BLIND, macs=0.9, exclude=(first,)), tmp_path)
+    assert {c.node for c in report.changes} == {second}
+    assert any(s.node == first and "prune.exclude" in s.reason for s in report.skips)
+    with pytest.raises(UsageError, match="'nowhere\\*' of the pass 'prune' matches nothing"):
+        pruned(model, replace(BLIND, include=("nowhere*",)), tmp_path)
+
+
+def test_a_budget_out_of_reach_is_an_error_that_names_what_is_possible(tmp_path: Path) -> None:
+    model = normalized(fixture("conv_chain").build())
+    with pytest.raises(PassError, match=r"macs=0\.05 cannot be reached") as caught:
+        pruned(model, PruneOptions(macs=0.05), tmp_path)
+    hint = caught.value.hint or ""
+    reachable = float(hint.split("macs=")[1].split()[0])
+    _, report = pruned(model, PruneOptions(macs=reachable), tmp_path)
+    assert float(report.figures["macs_kept_ratio"]) <= reachable
+
+
+def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="takes one budget, not macs and params"):
+        PrunePass(PruneOptions(macs=0.5, params=0.5))
+    with pytest.raises(UsageError, match="at least"):
+        PruneOptions.parse({"macs": "0"}, owner="prune")
+    model = normalized(fixture("conv_chain").build())
+    with pytest.raises(UsageError, match="importance=obs needs calibration data"):
+        pruned(model, PruneOptions(importance=Importance.OBS), tmp_path)
+
+
+def test_alignment_is_kept_when_asked_for(tmp_path: Path) -> None:
+    b = ModelBuilder("aligned")
+    x = b.input("x", ["batch", 3, 6, 6])
+    y = b.op("Relu", b.conv(x, 3, 40))
+    b.output(b.conv(b.op("Relu", b.conv(y, 40, 24)), 24, 5))
+    model = normalized(b.build())
+    result, _ = pruned(model, PruneOptions(macs=0.6, align=8), tmp_path)
+    widths = [n.outputs[0].shape for n in result.graph if n.op_type == "Conv"]
+    assert [s is not None and s[1] in {8, 16, 24, 32, 40} for s in widths[:2]] == [True, True]
+
+
+def test_random_importance_follows_the_seed(tmp_path: Path) -> None:
+    model = normalized(fixture("conv_chain").build())
+    options = PruneOptions(macs=0.8, align=1, importance=Importance.RANDOM)
+    feeds = fixture("conv_chain").feeds(model)
+    first, second = (run_model(pruned(model, options, tmp_path)[0], feeds) for _ in range(2))
+    assert largest_error(first, second) == 0
+
+
+def test_the_plan_names_the_groups_and_changes_nothing(tmp_path: Path) -> None:
+    model = normalized(fixture("residual_bn").build())
+    before = ir.to_proto(model).SerializeToString()
+    report = PrunePass().plan(model, context(tmp_path))
+    assert ir.to_proto(model).SerializeToString() == before
+    assert report.changes
+    assert len(report.changes) == report.figures["groups"]
+    assert all("may go" in c.what for c in report.changes)
+    assert report.skips
+
+
+def test_few_samples_do_no_harm(tmp_path: Path) -> None:
+    """With four samples nothing is held out; the ridge alone must keep the fit sane."""
+    model = normalized(fixture("mlp_gemm").build())
+    fresh = samples(model, 64, seed=1)
+    expected = run_model(model, fresh)
+    options = PruneOptions(macs=0.75, align=1)
+    fitted, report = pruned(model, options, tmp_path, dataset(model, samples(model, 4)))
+    blind, _ = pruned(model, options, tmp_path)
+    assert any("fewer than 10 rows" in n for n in report.notes)
+    assert largest_error(run_model(fitted, fresh), expected) <= 1.2 * largest_error(
+        run_model(blind, fresh), expected
+    )

@@ -130,6 +130,7 @@ def probe_shapes(
     for node in probe.graph.all_nodes():
         for output in node.outputs:
             output.shape = None
+    _use_standard_forms(probe)
     inferred = _infer(probe)
     if any(v.shape is None or not v.shape.is_static() for v in inferred.values()):
         fold_constants(probe, onnx_shape_inference=True, should_fold=_folds_shape_arithmetic)
@@ -145,6 +146,40 @@ def probe_shapes(
         if known is not None:
             shapes[value] = tuple(_axis(known, value.shape, i) for i in range(len(known)))
     return shapes
+
+
+def _use_standard_forms(probe: ir.Model) -> None:
+    """Write packed operators, which inference does not know, as the standard ones they stand for.
+
+    Their packed weights become graph inputs of the unpacked shape.
+    """
+    for node in list(probe.graph.all_nodes()):
+        if node.domain != _MS or node.op_type not in {"MatMulNBits", "GatherBlockQuantized"}:
+            continue
+        if node.op_type == "MatMulNBits":
+            place, standard = 1, "MatMul"
+            shape: Shape = (_flag(node, "K"), _flag(node, "N"))
+            attributes = []
+        else:
+            packed = stored_tensor(node.inputs[0]) if node.inputs[0] is not None else None
+            if packed is None:
+                continue
+            *rows, columns = packed.shape.numpy()
+            place, standard = 0, "Gather"
+            shape = (*rows, columns * _elements_per_code(node, packed))
+            attributes = [ir.AttrInt64("axis", _flag(node, "gather_axis"))]
+        weight = ir.Value(
+            name=f"{node.name}/cost_weight",
+            shape=ir.Shape(shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        probe.graph.inputs.append(weight)
+        node.replace_input_with(place, weight)
+        node.resize_inputs(2)
+        node.op_type, node.domain = standard, ""
+        node.attributes.clear()
+        for attribute in attributes:
+            node.attributes.add(attribute)
 
 
 def _folds_shape_arithmetic(node: ir.Node) -> bool | None:
@@ -378,6 +413,7 @@ _AUXILIARY: Mapping[str, frozenset[int]] = {
     "DynamicQuantizeLSTM": frozenset({8, 9, 10, 11}),
     "QAttention": frozenset({3, 4, 6, 7}),
     "MatMulNBits": frozenset({2, 3, 4}),
+    "GatherBlockQuantized": frozenset({2, 3}),
     "QLinearAdd": frozenset({1, 2, 4, 5, 6, 7}),
     "QLinearMul": frozenset({1, 2, 4, 5, 6, 7}),
     "QLinearSigmoid": frozenset({1, 2, 3, 4}),
@@ -459,11 +495,16 @@ def _assign_weights(model: ir.Model) -> dict[ir.Node, tuple[int, int]]:
 
 
 def _elements(node: ir.Node, tensor: ir.TensorProtocol) -> int:
-    """Number of weights in a tensor: MatMulNBits packs several into one byte."""
-    if node.op_type == "MatMulNBits" and tensor.dtype == ir.DataType.UINT8:
-        bits = node.attributes.get_int("bits", 4) or 4
-        return int(tensor.size) * 8 // bits
-    return int(tensor.size)
+    """Number of weights in a tensor: some operators pack several into one byte."""
+    return int(tensor.size) * _elements_per_code(node, tensor)
+
+
+def _elements_per_code(node: ir.Node, tensor: ir.TensorProtocol) -> int:
+    """Weights in one element of a packed tensor."""
+    packs = node.op_type in {"MatMulNBits", "GatherBlockQuantized"}
+    if not packs or tensor.dtype != ir.DataType.UINT8:
+        return 1
+    return 8 // (node.attributes.get_int("bits", 4) or 4)
 
 
 def _unused_bytes(model: ir.Model) -> int:

@@ -3,8 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 from onnxcompress import model_io
 from onnxcompress.graph.cost import cost_of, probe_shapes
@@ -204,3 +207,24 @@ def test_published_models_cost_what_is_published(
 ) -> None:
     cost = cost_of(model_io.load(zoo / f"{name}.onnx"))
     assert (cost.parameters, cost.macs) == (parameters, macs)
+
+
+def test_packed_weights_count_like_the_float_ones() -> None:
+    packed = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (int64[N, 5] i) => (float[N, 5, 48] y) {
+            x = com.microsoft.GatherBlockQuantized
+                <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1>(table, i, s)
+            y = com.microsoft.MatMulNBits <K = 64, N = 48, bits = 4, block_size = 32>(x, w, t)
+        }"""
+    )
+    for name, shape, dtype in [
+        ("table", (100, 32), np.uint8),
+        ("s", (100, 2), np.float32),
+        ("w", (48, 2, 16), np.uint8),
+        ("t", (96,), np.float32),
+    ]:
+        packed.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, dtype), name))
+    cost = cost_of(ir.from_proto(packed), {"i": (2, 5)})
+    assert cost.macs == 2 * 5 * 64 * 48
+    assert cost.parameters == 100 * 64 + 64 * 48

@@ -26,6 +26,8 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "fold": "onnxcompress.passes.fold:FoldPass",
         "prune": "onnxcompress.passes.prune:PrunePass",
         "quant": "onnxcompress.passes.quant:QuantPass",
+        "fp16": "onnxcompress.passes.fp16:Fp16Pass",
+        "weights": "onnxcompress.passes.weight_only:WeightOnlyPass",
     }
 )
 

@@ -1,0 +1,117 @@
+"""What calibration tells about the inputs that meet a weight, for rounding with error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.calibration.geometry import unfold_of
+from onnxcompress.calibration.statistics import MomentsRequest, Statistics
+from onnxcompress.context import PassContext
+from onnxcompress.errors import ModelError
+from onnxcompress.graph.constants import is_constant
+from onnxcompress.numerics.blockwise import Blocks, with_feedback
+from onnxcompress.passes.weight_only.select import Weight
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+_MOST_COLUMNS = 8192
+"""Wider layers are rounded to nearest: their second moment would take more than 0.5 GB."""
+
+_BATCH_BYTES = 512 * 2**20
+"""Second moments collected in one pass over the data."""
+
+_ROWS_PER_COLUMN = 16
+"""Rows of calibration used per column; more add time and no accuracy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """A weight and what to measure for it; no requests if it has to be rounded to nearest."""
+
+    weight: Weight
+    requests: tuple[MomentsRequest, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its second moments."""
+        return 8 * self.weight.layout.columns**2 * len(self.requests)
+
+
+def batches(weights: tuple[Weight, ...], model: ir.Model) -> Iterator[list[Fed]]:
+    """Weights in groups whose second moments fit into memory together."""
+    group: list[Fed] = []
+    used = 0
+    seen: set[MomentsRequest] = set()
+    for weight in weights:
+        fed = Fed(weight, _requests(weight, model))
+        more = 0 if seen.issuperset(fed.requests) else fed.bytes
+        if group and used + more > _BATCH_BYTES:
+            yield group
+            group, used, seen = [], 0, set()
+            more = fed.bytes
+        group.append(fed)
+        seen.update(fed.requests)
+        used += more
+    if group:
+        yield group
+
+
+def _requests(weight: Weight, model: ir.Model) -> tuple[MomentsRequest, ...]:
+    """One request per use; none unless every use can be measured."""
+    if weight.graph is not model.graph or weight.layout.columns > _MOST_COLUMNS:
+        return ()
+    found: list[MomentsRequest] = []
+    for node, index in weight.value.uses():
+        data = node.inputs[0]
+        if node.op_type not in {"MatMul", "Gemm", "Conv"} or index != 1:
+            return ()
+        if node.graph is not model.graph or data is None or is_constant(data):
+            return ()
+        if len(weight.layout.rows) != 1 or data.dtype != ir.DataType.FLOAT:
+            return ()
+        try:
+            unfold = unfold_of(node)
+        except ModelError:
+            return ()  # padding by an unknown length; rounded to nearest, and counted as such
+        rows = _ROWS_PER_COLUMN * weight.layout.columns
+        found.append(MomentsRequest(data.name or "", unfold, max(rows, 2048)))
+    return tuple(dict.fromkeys(found))
+
+
+class Feedback:
+    """Second moments of the inputs of a group of weights."""
+
+    def __init__(self, model: ir.Model, group: list[Fed], ctx: PassContext) -> None:
+        wanted = dict.fromkeys(r for fed in group for r in fed.requests)
+        self._statistics: Statistics | None = None
+        if wanted:
+            self._statistics = ctx.collect(
+                model, wanted, description="measuring the inputs of weights"
+            )
+
+    def improve(self, fed: Fed, matrix: Float32, blocks: Blocks) -> Blocks:
+        """Codes rounded with feedback from the inputs of all uses of a weight."""
+        if self._statistics is None or not fed.requests:
+            return blocks
+        results = [self._statistics[request] for request in fed.requests]
+        moments = [r.covariance + r.mean[:, :, None] * r.mean[:, None, :] for r in results]
+        return _by_group(matrix, blocks, np.sum(moments, axis=0))
+
+
+def _by_group(matrix: Float32, blocks: Blocks, moments: Float64) -> Blocks:
+    """Each group of a convolution has inputs of its own."""
+    rows = len(matrix) // len(moments)
+    parts = []
+    for g, moment in enumerate(moments):
+        own = slice(g * rows, (g + 1) * rows)
+        start = Blocks(
+            blocks.codes[own], blocks.scale[own], blocks.zero[own], blocks.bits, blocks.columns
+        )
+        parts.append(with_feedback(matrix[own], start, moment).codes)
+    return Blocks(np.concatenate(parts), blocks.scale, blocks.zero, blocks.bits, blocks.columns)

@@ -225,6 +225,17 @@ def test_a_budget_out_of_reach_is_an_error_that_names_what_is_possible(tmp_path:
     assert float(report.figures["macs_kept_ratio"]) <= reachable
 
 
+def test_the_default_budget_out_of_reach_prunes_nothing_and_says_so(tmp_path: Path) -> None:
+    model = normalized(fixture("conv_chain").build())
+    result, report = pruned(model, PruneOptions(min_kept=0.9, align=1), tmp_path)
+    assert any(note.startswith("Nothing was pruned: macs=0.8") for note in report.notes)
+    assert report.figures["units_removed"] == 0
+    assert not report.changes
+    assert sum(n.op_type == "Conv" for n in result.graph) > 1
+    with pytest.raises(PassError, match="macs=0.8 cannot be reached"):
+        pruned(model, PruneOptions(macs=0.8, min_kept=0.9, align=1), tmp_path)
+
+
 def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes one budget, not macs and params"):
         PrunePass(PruneOptions(macs=0.5, params=0.5))

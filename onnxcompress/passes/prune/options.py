@@ -107,6 +107,11 @@ class PruneOptions(PassOptions):
     samples: int = option(512, "Calibration samples to use at most; 0 uses all.", minimum=0)
 
     @property
+    def asks_for_budget(self) -> bool:
+        """Whether the user named a budget."""
+        return any(getattr(self, measure.value) is not None for measure in Measure)
+
+    @property
     def budget(self) -> Budget:
         """The one budget that is set, or the default."""
         for measure in Measure:

@@ -81,7 +81,7 @@ class PrunePass:
         Raises:
             UsageError: If a name pattern matches nothing, or the criterion needs calibration data
                 that is not there.
-            PassError: If the budget cannot be reached.
+            PassError: If the budget that was asked for cannot be reached.
         """
         options, notes = self._with_data(ctx)
         before = cost_of(model)
@@ -100,6 +100,7 @@ class PrunePass:
         _drop_zero_biases(model, added)
         if not rankings:
             notes.append(_NOTHING)
+        notes.extend(work.notes)
         notes.extend(_row_notes(recovery.refits))
         return PassReport(
             changes=tuple(changes),
@@ -143,6 +144,7 @@ class _Work:
         self, model: ir.Model, coupling: Coupling, options: PruneOptions, ctx: PassContext
     ) -> None:
         self.model, self.coupling, self.options = model, coupling, options
+        self.notes: list[str] = []
         self.ctx = _limited(ctx, options.samples)
         self._nodes = {n.name or "": n for n in model.graph.all_nodes()}
         self.layers = Layers.of(model)
@@ -172,10 +174,10 @@ class _Work:
         )
 
     def choose(self, rankings: Sequence[Ranking]) -> dict[int, Indices]:
-        """Spend the budget.
+        """Spend the budget; nothing if the default one cannot be reached.
 
         Raises:
-            PassError: If it cannot be reached.
+            PassError: If one that was asked for cannot be reached.
         """
         budget = self.options.budget
         left = remaining(self.model, self.coupling, budget.measure)
@@ -191,15 +193,24 @@ class _Work:
             curves.append(Curve(ranking.group.index, counts, losses))
         plan = taken(allocate(curves, lambda counts: left(taken(counts)), budget.kept))
         reached = left(plan)
-        if rankings and reached > budget.kept + 1e-9:
-            raise PassError(
-                "prune",
-                f"{budget.measure.value}={budget.kept:g} cannot be reached: with all that may go "
-                f"removed, {reached:.3f} is left",
-                hint=f"Ask for {budget.measure.value}={reached + 0.005:.2f} or more, or lower "
-                "prune.min_kept or prune.align.",
+        if not rankings or reached <= budget.kept + 1e-9:
+            return plan
+        message = (
+            f"{budget.measure.value}={budget.kept:g} cannot be reached: with all that may go "
+            f"removed, {reached:.3f} is left"
+        )
+        if not self.options.asks_for_budget:
+            # Cutting everything that may go, for a budget that nobody named, would wreck the model.
+            self.notes.append(f"Nothing was pruned: {message}. Set a budget to prune all the same.")
+            return {}
+        possible = np.ceil(reached * 100) / 100
+        hint = "Lower prune.min_kept or prune.align, or leave the pass out."
+        if possible < 1:
+            hint = (
+                f"Ask for {budget.measure.value}={possible:.2f} or more, or lower prune.min_kept "
+                "or prune.align."
             )
-        return plan
+        raise PassError("prune", message, hint=hint)
 
     def removals(self, rankings: Sequence[Ranking], removed: Mapping[int, Indices]) -> list[Change]:
         """One entry per pruned group."""

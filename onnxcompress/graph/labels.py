@@ -10,7 +10,7 @@ module keeps the books, so that no rule can forget a channel:
 - graph outputs, integer constants, captured tensors of loops and unknown operators are frozen;
 - a unit that no weight and no sum ever contracts is no unit.
 
-Source: DESIGN follows Fang 2023 (DepGraph) and Wang 2024 (SPA, arXiv 2403.18955) in its aim, with
+Source: Fang 2023 (DepGraph) and Wang 2024 (SPA, arXiv 2403.18955) have the same aim; here with
 labels per position instead of a graph of layers.
 """
 

@@ -73,7 +73,7 @@ class Mode(enum.Enum):
 class Fp16Options(PassOptions):
     """Options of :class:`Fp16Pass`."""
 
-    mode: Mode = option(  # noqa: RUF009
+    mode: Mode = option(
         Mode.AUTO,
         "storage: weights in float16, arithmetic in float32; compute: both in float16; auto: "
         "compute for the target cuda, storage for others",

@@ -198,6 +198,11 @@ def _check_external(tensor: onnx.TensorProto, model: Path, label: str, needed: i
     folder = Path(os.path.realpath(model)).parent
     path = Path(os.path.realpath(model.parent / location)) if "\0" not in location else folder
     refusal = _why_refused(location, path, folder)
+    if refusal and model.is_symlink() and (folder / location).is_file() and not path.exists():
+        raise ModelError(
+            f"{label} is stored in '{location}', which is not beside the link '{model}'",
+            hint=f"Name the file that it leads to: {os.path.realpath(model)}",
+        )
     if refusal:
         raise ModelError(
             f"{label} is stored in '{location}', {refusal}; it is not read, because a model from "

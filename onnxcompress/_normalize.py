@@ -34,7 +34,7 @@ def normalize(model: ir.Model, *, min_opset: int = 13) -> tuple[str, ...]:
         ModelError: If functions cannot be inlined or the graph's shapes contradict each other.
     """
     notes: list[str] = []
-    _inline(model)
+    inline(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     overridable = [v.name for v in model.graph.inputs if v.name in model.graph.initializers]
     if overridable:
@@ -51,7 +51,12 @@ def normalize(model: ir.Model, *, min_opset: int = 13) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _inline(model: ir.Model) -> None:
+def inline(model: ir.Model) -> None:
+    """Replace calls of the model's own functions by what is in them, in place.
+
+    Raises:
+        ModelError: If that is not possible.
+    """
     if not model.functions:
         return
     try:
@@ -145,6 +150,10 @@ def check(model: ir.Model) -> None:
     """
     proto = to_small_proto(model)
     proto.ir_version = ir_version_for(model)
+    for info in (*proto.graph.input, *proto.graph.output):
+        if info.type.HasField("tensor_type"):
+            # The checker wants a shape, which onnxruntime does not: an unknown rank has none.
+            info.type.tensor_type.shape.SetInParent()
     for graph in graph_protos(proto):
         for tensor in graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -155,7 +155,7 @@ def _spec(arg: ort.NodeArg) -> TensorSpec:
     if arg.type not in _DTYPES:
         raise ModelError(
             f"input or output '{arg.name}' is of type {arg.type}, which is not supported",
-            hint="Sequences, maps and optionals at the model's boundary are not supported.",
+            hint="Inputs and outputs must be dense tensors of an element type that numpy has.",
         )
     shape = None if arg.shape is None else tuple(_dimension(d) for d in arg.shape)
     return TensorSpec(arg.name, np.dtype(_DTYPES[arg.type]), shape)
@@ -322,7 +322,9 @@ def _load_error(model: ir.Model | str | os.PathLike[str], error: Exception) -> M
             hint="The model needs a library of custom operators, without which it cannot be run.",
         )
     name = "the model" if isinstance(model, ir.Model) else f"'{os.fspath(model)}'"
-    return ModelError(f"onnxruntime does not load {name}: {one_line(error)}")
+    message = one_line(error)
+    hint = "Give every node a name of its own." if "same node name" in message else None
+    return ModelError(f"onnxruntime does not load {name}: {message}", hint=hint)
 
 
 @functools.cache

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from onnxcompress import model_io
 from onnxcompress.calibration.sources import Dataset, DataSource, ImageOptions
+from onnxcompress.errors import UsageError
 from onnxcompress.progress import Progress, SilentProgress
-from onnxcompress.recipe import Recipe
+from onnxcompress.recipe import Recipe, check_threads
 from onnxcompress.runtime import SessionSettings, resolve_providers
 from onnxcompress.selection import Labels, evaluation_data
 from onnxcompress.verification.gates import Gates
@@ -55,7 +56,9 @@ def verify(
         ProviderError: If the provider is not there.
     """
     settings = SessionSettings(providers=resolve_providers(provider), threads=threads or 0)
-    recipe = Recipe(seed=seed, image=image, eval_samples=samples, batch_size=batch_size)
+    recipe = Recipe(
+        seed=seed, image=image, eval_samples=samples, batch_size=batch_size, threads=threads
+    )
     return verify_models(
         Path(original),
         Path(result),
@@ -100,6 +103,10 @@ def benchmark(
         UsageError: If the request contradicts itself.
         ProviderError: If the provider is not there.
     """
+    for count in threads:
+        check_threads(count)
+    if not threads or not batch_sizes or min(batch_sizes) < 1:
+        raise UsageError("a benchmark needs numbers of threads, and batch sizes of at least 1")
     return time_models(
         Path(original),
         Path(result),

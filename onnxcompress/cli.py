@@ -1,14 +1,16 @@
 """The command line: parse, call, exit code; no logic.
 
 Exit codes: 0 done, 1 the result failed its verification, 2 the request cannot be understood, 3 the
-model, the data or the machine cannot do what was asked (an internal error is one of these), 130
-interrupted.
+model, the data or the machine cannot do what was asked (an internal error is one of these). Above
+128 a signal ended it: 130 Ctrl-C, 141 nobody reads stdout any more, 143 terminated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import os
 import signal
 import sys
 import threading
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 EXIT_UNUSABLE = 3
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+EXIT_PIPE = 141
+_SIGNAL_BASE = 128
 
 _EXAMPLES = """\b
 Examples:
@@ -95,21 +98,23 @@ def compress(original: Path, output: Path, **given: object) -> int:
     from onnxcompress import pipeline, recipe
     from onnxcompress.report import json, terminal
 
+    opt.check_side_files(given)
     asked = opt.build_recipe(given)
     if (save_to := opt.path(given, "save_recipe")) is not None:
         recipe.save_recipe(asked, save_to)
-    result = pipeline.run_recipe(
-        original,
-        output,
-        asked,
-        calib=opt.text(given, "calib"),
-        evaluation=opt.text(given, "evaluation"),
-        labels=opt.path(given, "labels"),
-        keep_failed=bool(given["keep_failed"]),
-        dry_run=bool(given["dry_run"]),
-        measure=not given["no_bench"],
-        progress=opt.progress(given),
-    )
+    with _stdout_kept():
+        result = pipeline.run_recipe(
+            original,
+            output,
+            asked,
+            calib=opt.text(given, "calib"),
+            evaluation=opt.text(given, "evaluation"),
+            labels=opt.path(given, "labels"),
+            keep_failed=bool(given["keep_failed"]),
+            dry_run=bool(given["dry_run"]),
+            measure=not given["no_bench"],
+            progress=opt.progress(given),
+        )
     verbose = bool(given["verbose"])
     _show(
         given,
@@ -133,22 +138,24 @@ def verify(original: Path, result: Path, **given: object) -> int:
     from onnxcompress import api
     from onnxcompress.report import json, terminal
 
+    opt.check_side_files(given)
     asked = opt.build_recipe(given)
-    checked = api.verify(
-        original,
-        result,
-        opt.text(given, "evaluation"),
-        labels=opt.path(given, "labels"),
-        gates=asked.gates,
-        provider=asked.provider,
-        threads=asked.threads,
-        batch_size=asked.batch_size,
-        samples=asked.eval_samples,
-        seed=asked.seed,
-        image=asked.image,
-        measure=not given["no_bench"],
-        progress=opt.progress(given),
-    )
+    with _stdout_kept():
+        checked = api.verify(
+            original,
+            result,
+            opt.text(given, "evaluation"),
+            labels=opt.path(given, "labels"),
+            gates=asked.gates,
+            provider=asked.provider,
+            threads=asked.threads,
+            batch_size=asked.batch_size,
+            samples=asked.eval_samples,
+            seed=asked.seed,
+            image=asked.image,
+            measure=not given["no_bench"],
+            progress=opt.progress(given),
+        )
     _show(
         given,
         (original, result),
@@ -171,15 +178,17 @@ def bench(original: Path, result: Path, **given: object) -> int:
     from onnxcompress import api
     from onnxcompress.report import json, terminal
 
-    timed = api.benchmark(
-        original,
-        result,
-        opt.text(given, "evaluation"),
-        provider=str(given["provider"] or "cpu"),
-        threads=opt.numbers(given, "threads"),
-        batch_sizes=opt.numbers(given, "batch_size"),
-        progress=opt.progress(given),
-    )
+    opt.check_side_files(given)
+    with _stdout_kept():
+        timed = api.benchmark(
+            original,
+            result,
+            opt.text(given, "evaluation"),
+            provider=str(given["provider"] or "cpu"),
+            threads=opt.numbers(given, "threads"),
+            batch_sizes=opt.numbers(given, "batch_size"),
+            progress=opt.progress(given),
+        )
     _show(
         given,
         (original, result),
@@ -200,6 +209,7 @@ def inspect(model: Path, groups: bool, top: int, **given: object) -> int:
     from onnxcompress.report import inspection as pages
     from onnxcompress.report import json
 
+    opt.check_side_files(given)
     found = inspection.inspect(model, groups=groups, top=top)
     _show(given, (model,), pages.inspection(found), json.inspection_report(found))
     return 0
@@ -215,11 +225,19 @@ def passes(name: str | None, debug: bool) -> int:
     from onnxcompress.report import terminal
 
     del debug  # main() looks for it
-    if name is None:
-        terminal.show(pages.pass_list([pass_class(n) for n in pass_table()]))
-    else:
-        terminal.show(pages.pass_page(pass_class(name)))
+    page = (
+        pages.pass_list([pass_class(n) for n in pass_table()])
+        if name is None
+        else pages.pass_page(pass_class(name))
+    )
+    with _to_a_reader():
+        terminal.show(page)
     return 0
+
+
+def _stdout_kept() -> contextlib.AbstractContextManager[object]:
+    """What others print while a command works (a function that gives samples) goes to stderr."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _show(
@@ -233,69 +251,115 @@ def _show(
 
     target = opt.text(given, "json")
     if target == "-":
-        click.echo(json.dumps(report), nl=False)
+        with _to_a_reader():
+            click.echo(json.dumps(report), nl=False)
         return
     if target is not None:
         json.write(report, Path(target))
     if not given["quiet"]:
-        terminal.show(page, paths)
+        with _to_a_reader():
+            terminal.show(page, paths)
+
+
+class _NobodyReadsError(Exception):
+    """The other end of stdout is closed."""
+
+
+@contextlib.contextmanager
+def _to_a_reader() -> Iterator[None]:
+    """Write to stdout; when nobody reads it any more, say so before click makes it exit code 1."""
+    try:
+        yield
+        if sys.stdout is not None:  # it is None where the caller closed it
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise _NobodyReadsError from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    if not logging.root.handlers:  # else what libraries log ends up on stderr
+        logging.root.addHandler(logging.NullHandler())
     args = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "×" shall not end the run
-    with _leaving_on_sigterm():
-        return _run(args)
+    with _leaving_on_signals() as interrupted:
+        return _run(args, interrupted)
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str], interrupted: threading.Event) -> int:
+    def fail(message: str, hint: str | None, code: int) -> int:
+        return _interrupted() if interrupted.is_set() else _fail(args, message, hint, code)
+
     try:
         code = cli.main(args, prog_name="onnxcompress", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was written", err=True)
-        return EXIT_INTERRUPTED
+        return _interrupted()
     except OnnxCompressError as error:
-        return _fail(args, error.message, error.hint, error.exit_code)
+        return fail(error.message, error.hint, error.exit_code)
     except MemoryError:
         hint = "Use a smaller --batch-size."
-        return _fail(args, "there is not enough memory", hint, EXIT_UNUSABLE)
+        return fail("there is not enough memory", hint, EXIT_UNUSABLE)
+    except _NobodyReadsError:  # whoever read the report has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except OSError as error:
-        message = f"{error.strerror or error}: {error.filename or 'a file'}"
-        return _fail(args, message, None, EXIT_UNUSABLE)
+        message = str(error.strerror or error) + (f": {error.filename}" if error.filename else "")
+        return fail(message, None, EXIT_UNUSABLE)
     except Exception as error:  # noqa: BLE001 - the last resort: a bug of ours is told in one line
         message = f"internal error, {type(error).__name__}: {error}"
         hint = "This is a bug. Please report it with what the same command shows with --debug."
-        return _fail(args, message, hint, EXIT_UNUSABLE)
+        return fail(message, hint, EXIT_UNUSABLE)
     return code if isinstance(code, int) else 0
 
 
+def _interrupted() -> int:
+    click.echo("interrupted", err=True)
+    return EXIT_INTERRUPTED
+
+
 def _fail(args: Sequence[str], message: str, hint: str | None, code: int) -> int:
-    from onnxcompress.report import terminal
+    from onnxcompress.report.console import console, error
 
     if "--debug" in args:
         traceback.print_exc()
-    terminal.console(stderr=True).print(terminal.error(message, hint), soft_wrap=True)
+    console(stderr=True).print(error(message, hint), soft_wrap=True)
     return code
 
 
 @contextlib.contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM leave through every ``finally``, so that no partial file stays."""
+def _leaving_on_signals() -> Iterator[threading.Event]:
+    """Let signals leave through every ``finally``, so that no partial file stays.
+
+    Yields:
+        Whether Ctrl-C was pressed. Libraries that are interrupted while they are imported turn it
+        into errors of their own, which are none then.
+    """
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_TERMINATED)
+        raise SystemExit(_SIGNAL_BASE + number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are somebody else's
+        yield interrupted  # signals are somebody else's
         return
-    previous = signal.signal(signal.SIGTERM, leave)
+    handlers = {"SIGINT": interrupt, "SIGTERM": leave, "SIGHUP": leave}  # Windows has no SIGHUP
+    wanted = {getattr(signal, name): h for name, h in handlers.items() if hasattr(signal, name)}
+    previous = {number: signal.getsignal(number) for number in wanted}
+    for number, handler in wanted.items():
+        if previous[number] not in {signal.SIG_IGN, None}:  # ignored, as under nohup
+            signal.signal(number, handler)
     try:
-        yield
+        yield interrupted
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            if before is not None:  # of a handler that is not Python's
+                signal.signal(number, before)

@@ -337,6 +337,24 @@ def _image(base: ImageOptions | None, given: Given) -> ImageOptions | None:
     return dataclasses.replace(base or ImageOptions(), **over)  # type: ignore[arg-type]  # as above
 
 
+def check_side_files(given: Given) -> None:
+    """Refuse places of the report and the recipe that cannot work, before anything is computed.
+
+    Raises:
+        UsageError: If one of them would overwrite a file of another kind, or both are the same.
+        OutputError: If one of them cannot be written.
+    """
+    from onnxcompress.output import SideFile, check_side_file
+
+    report, saved = text(given, "json"), path(given, "save_recipe")
+    if report is not None and report != "-":
+        check_side_file(Path(report), SideFile.REPORT)
+        if saved is not None and saved.resolve() == Path(report).resolve():
+            raise click.UsageError(f"--json and --save-recipe name the same file '{saved}'")
+    if saved is not None:
+        check_side_file(saved, SideFile.RECIPE)
+
+
 def text(given: Given, name: str) -> str | None:
     """An option that is a string."""
     value = given.get(name)
@@ -356,9 +374,9 @@ def numbers(given: Given, name: str) -> tuple[int, ...]:
 
 def progress(given: Given) -> Progress:
     """Where to report progress: stderr."""
-    from onnxcompress.report import terminal
+    from onnxcompress.report.console import console
     from onnxcompress.report.progress import TerminalProgress
 
     return TerminalProgress(
-        terminal.console(stderr=True), verbose=bool(given["verbose"]), quiet=bool(given["quiet"])
+        console(stderr=True), verbose=bool(given["verbose"]), quiet=bool(given["quiet"])
     )

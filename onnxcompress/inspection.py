@@ -109,7 +109,9 @@ def inspect(path: str | Path, *, groups: bool = False, top: int = 10) -> Inspect
     path = Path(path)
     model = model_io.load(path)
     sizes = model_io.file_sizes(path)
-    cost = cost_of(model)
+    inlined = model_io.clone(model)
+    model_io.inline(inlined)
+    cost = cost_of(inlined)
     operators = Counter(
         node.op_type if not node.domain else f"{node.domain}::{node.op_type}"
         for node in model.graph.all_nodes()

@@ -20,7 +20,14 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from onnxcompress import _guards
 from onnxcompress._atomic import replacing
 from onnxcompress._files import FileSizes, external_files, file_sizes, sha256
-from onnxcompress._normalize import check, infer_shapes, ir_version_for, name_nodes, normalize
+from onnxcompress._normalize import (
+    check,
+    infer_shapes,
+    inline,
+    ir_version_for,
+    name_nodes,
+    normalize,
+)
 from onnxcompress._serialize import (
     ONE_FILE_BYTES,
     external_paths,
@@ -41,6 +48,7 @@ __all__ = [
     "external_files",
     "file_sizes",
     "infer_shapes",
+    "inline",
     "load",
     "name_nodes",
     "normalize",
@@ -69,12 +77,14 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     proto = _read(path)
     try:
         _check_versions(proto)
+        if not proto.graph.output:
+            raise ModelError("the graph has no outputs", hint="Export the model again.")
         _guards.refuse_training(proto)
         _guards.check_tensors(proto, path)
         _guards.densify(proto)
         _guards.free_negative_dimensions(proto)
         _guards.check_wiring(proto.graph)
-        return _to_ir(proto, path.resolve().parent)
+        return _to_ir(proto, Path(os.path.realpath(path)).parent)
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}", hint=error.hint) from error
 
@@ -83,6 +93,8 @@ def _read(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise ModelError(f"'{path}' is a folder, not a model file", hint=_models_in(path))
     try:
+        if path.exists() and not path.is_file():  # a pipe is read only once, a device never ends
+            raise ModelError(f"'{path}' is not a regular file", hint="Save the model to a file.")
         size = path.stat().st_size
         if size > _MESSAGE_BYTES:
             raise ModelError(
@@ -137,6 +149,11 @@ def _check_versions(proto: onnx.ModelProto) -> None:
     versions = {_domain(o.domain): o.version for o in proto.opset_import}
     if not versions:
         raise ModelError("it imports no operator set; the file may be truncated")
+    if "" in versions and versions[""] < OLDEST:
+        raise ModelError(
+            f"its opset is {versions['']}; {runtime} promises nothing below {OLDEST}",
+            hint="Raise it with onnx.version_converter.convert_version, or export it again.",
+        )
     for domain in ("", "ai.onnx.ml"):
         version = versions.get(domain)
         if version is not None and not reads_opset(version, domain):
@@ -144,11 +161,6 @@ def _check_versions(proto: onnx.ModelProto) -> None:
                 f"its opset is {domain or 'ai.onnx'} {version}, which is too new for {runtime}",
                 hint="Export with an older opset, or update onnxruntime.",
             )
-    if "" in versions and versions[""] < OLDEST:
-        raise ModelError(
-            f"its opset is {versions['']}; {runtime} promises nothing below {OLDEST}",
-            hint="Raise it with onnx.version_converter.convert_version, or export it again.",
-        )
 
 
 def _domain(name: str) -> str:

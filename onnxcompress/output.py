@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
+from onnxcompress._atomic import replacing
 from onnxcompress.errors import OutputError, UsageError
 
 _SUFFIX = ".onnx"
+_NOT_TEXT = frozenset({_SUFFIX, ".npz", ".npy"})
+
+
+class SideFile(enum.Enum):
+    """A text file that a run may write besides the result."""
+
+    REPORT = "the JSON report"
+    RECIPE = "the recipe"
 
 
 def check_output(original: Path, output: Path) -> None:
@@ -30,7 +41,7 @@ def check_output(original: Path, output: Path) -> None:
     if output.is_dir():
         raise OutputError(f"output '{output}' is a folder", hint="Name a file.")
     same = output.exists() and original.exists() and original.samefile(output)
-    if same or original.resolve() == output.resolve():
+    if same or os.path.realpath(original) == os.path.realpath(output):
         raise UsageError(
             f"input and output are the same file '{output}'", hint="Give the result another name."
         )
@@ -58,6 +69,66 @@ def check_sidecar(model: ir.Model, output: Path) -> None:
                 f"'{sidecar.name}' holds the input's weights; the output's would overwrite them",
                 hint="Give the result another name.",
             )
+
+
+def check_side_file(path: Path, kind: SideFile) -> None:
+    """Refuse a place for a text file that cannot work, or that holds a file of another kind.
+
+    A file that is there may be replaced only by one of its own kind, so that a slip of the keyboard
+    does not cost a model, its weights or its data.
+
+    Raises:
+        UsageError: If a file of another kind would be overwritten, or come to look like a model.
+        OutputError: If the folder is missing, or nothing can be written there.
+    """
+    foreign = path.suffix in _NOT_TEXT or (path.is_file() and not _is_of(path, kind))
+    if foreign:
+        raise UsageError(
+            f"{kind.value} would overwrite '{path}'"
+            if path.exists()
+            else f"{kind.value} would be named like a model or its data, '{path}'",
+            hint="Give it a name of its own, such as "
+            f"{'report.json' if kind is SideFile.REPORT else 'recipe.toml'}.",
+        )
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder '{path.parent}'"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "it is not writable"
+    if reason is not None:
+        raise OutputError(f"{kind.value} '{path}' cannot be written: {reason}")
+
+
+def _is_of(path: Path, kind: SideFile) -> bool:
+    """Whether a file holds what ``kind`` does, or nothing."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if kind is SideFile.RECIPE:
+            tomllib.loads(text)
+            return True
+    except (OSError, ValueError):
+        return False
+    return not text.strip() or text.lstrip().startswith("{")
+
+
+def write_side_file(path: Path, kind: SideFile, text: str) -> None:
+    """Write a text file, atomically where it is a regular one.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a terminal or a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        with replacing([Path(os.path.realpath(path))]) as (part,):
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{kind.value} '{path}' cannot be written: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager

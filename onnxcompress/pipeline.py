@@ -166,6 +166,7 @@ def run_recipe(
         notes = (*schedule.notes, *model_io.normalize(model))
     with scratch() as work_dir:
         with clock.stage("open"):
+            open_session(original, settings)  # verification runs it as it is
             open_session(model, settings, work_dir=work_dir)
         with clock.stage("data"):
             data = choose_data(
@@ -224,7 +225,11 @@ def run_recipe(
         result_sha256=model_io.sha256(output) if written else None,
         version=onnxcompress.__version__,
         notes=(*notes, *data.notes),
-        warnings=(*data.warnings, *(verification.warnings if verification else ())),
+        warnings=(
+            *data.warnings,
+            *(verification.warnings if verification else ()),
+            *_unchanged(runs, dry_run=dry_run),
+        ),
     )
 
 
@@ -344,6 +349,14 @@ def _blamed(name: str) -> Iterator[None]:
             f"internal error, {type(error).__name__}: {error}",
             hint="This is a bug of the pass. Please report it with what --debug shows.",
         ) from error
+
+
+def _unchanged(runs: Sequence[PassRun], *, dry_run: bool) -> Iterator[str]:
+    """Say when the passes that were asked for came to nothing, which sizes alone may not show."""
+    idle = [run.name for run in runs if not run.automatic and not run.report.changes]
+    if idle and not dry_run:
+        names = " and ".join(f"'{name}'" for name in idle)
+        yield f"Pass {names} changed nothing: see what it skipped, and why, with -v."
 
 
 def _pass_run(step: Step, report: PassReport, seconds: float) -> PassRun:

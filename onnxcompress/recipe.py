@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import tomllib
 import types
@@ -30,11 +31,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from onnxcompress.calibration.sources import ImageOptions
-from onnxcompress.errors import OutputError, UsageError
+from onnxcompress.errors import UsageError
+from onnxcompress.output import SideFile, check_side_file, write_side_file
 from onnxcompress.passes import pass_class
 from onnxcompress.verification.gates import Gates
 
 SCHEMA_VERSION = 1
+_MOST_THREADS = 256
 _T = TypeVar("_T")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -78,6 +81,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
+        check_threads(self.threads or 0)
 
     def to_dict(self) -> dict[str, object]:
         """The recipe as nested plain values; what is None or empty is left out."""
@@ -91,6 +97,20 @@ class Recipe:
             if value is not None and value != {}:
                 made[f.name] = list(value) if isinstance(value, tuple) else value
         return made
+
+
+def check_threads(count: int) -> None:
+    """Refuse a number of threads that makes no sense; 0 stands for all cores.
+
+    Raises:
+        UsageError: If it is negative, or so many that starting them would take minutes.
+    """
+    cores = os.cpu_count() or 1
+    if not 0 <= count <= max(_MOST_THREADS, cores):
+        raise UsageError(
+            f"threads must be between 1 and {max(_MOST_THREADS, cores)}, not {count}",
+            hint=f"This machine has {cores} cores.",
+        )
 
 
 def _typed(owner: str, values: Mapping[str, object]) -> dict[str, object]:
@@ -113,9 +133,9 @@ def load_recipe(path: Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe '{path}' is not valid TOML: {error}") from error
     version = values.pop("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UsageError(
-            f"recipe '{path}' has schema_version {version}; this version reads {SCHEMA_VERSION}",
+            f"recipe '{path}' has schema_version {version!r}; this version reads {SCHEMA_VERSION}",
             hint="Use the version of onnxcompress that wrote it.",
         )
     where = f"recipe '{path}'"
@@ -210,14 +230,11 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as TOML.
 
     Raises:
+        UsageError: If another file would be overwritten.
         OutputError: If the file cannot be written.
     """
-    try:
-        path.write_text(to_toml(recipe.to_dict()), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"recipe '{path}' cannot be written: {error.strerror or error}"
-        ) from error
+    check_side_file(path, SideFile.RECIPE)
+    write_side_file(path, SideFile.RECIPE, to_toml(recipe.to_dict()))
 
 
 def to_toml(values: Mapping[str, object]) -> str:

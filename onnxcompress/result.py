@@ -47,7 +47,7 @@ class CompressionResult:
         target: Name of the hardware profile that was used.
         calibration: What the calibration samples were; None when no pass needed any.
         timings_s: Stage of the run to seconds.
-        original_sha256: Hash of the original with its external data.
+        original_sha256: SHA-256 of the original's file, without external data.
         result_sha256: The same of the result; None when it was not written.
         version: Version of onnxcompress.
         notes: What the user should know, one sentence each.

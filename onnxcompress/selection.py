@@ -15,7 +15,7 @@ from onnxcompress.calibration.sources import (
     open_dataset,
     synthetic_dataset,
 )
-from onnxcompress.errors import DataError, UsageError
+from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.interface import input_specs
 from onnxcompress.recipe import Recipe
 from onnxcompress.verification.metrics import Array
@@ -61,7 +61,13 @@ def choose_data(
     Raises:
         DataError: If given data cannot be used with the model.
         UsageError: If labels are given without evaluation data.
+        ModelError: If the model has no inputs.
     """
+    if not input_specs(model):
+        raise ModelError(
+            "the model has no inputs, so there is nothing to verify a result on",
+            hint="It always gives the same outputs: store these in place of the model.",
+        )
     notes: list[str] = []
     evaluation = _or_beside(evaluation, model_path, "eval", notes)
     if labels is not None and evaluation is None:

@@ -217,7 +217,8 @@ class HungryPass(FakePass):
         assert ctx.calibration is not None
         first = float(next(iter(ctx.calibration.first().values())).ravel()[0])
         return PassReport(
-            figures={"samples": ctx.calibration.sample_count, "first": first, "seed": ctx.seed}
+            changes=(Change("w1", "", "measured"),),
+            figures={"samples": ctx.calibration.sample_count, "first": first, "seed": ctx.seed},
         )
 
 

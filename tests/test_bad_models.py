@@ -403,3 +403,56 @@ def test_functions_of_another_opset(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be inlined") as caught:
         model_io.normalize(model)
     assert "18" in caught.value.message
+
+
+def test_a_graph_without_outputs(tmp_path: Path) -> None:
+    proto = linear()
+    del proto.graph.output[:]
+    refused(written(tmp_path, proto), "no outputs")
+
+
+@pytest.mark.parametrize("version", [0, -3])
+def test_an_opset_that_never_was(tmp_path: Path, version: int) -> None:
+    proto = linear()
+    proto.opset_import[0].version = version
+    refused(written(tmp_path, proto), f"opset is {version}", "promises nothing below")
+
+
+def test_an_output_of_unknown_rank_is_fine(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    model = model_io.load(written(tmp_path, proto))
+    assert model.graph.outputs[0].shape is None
+    model_io.normalize(model)
+    model_io.check(model)
+    model_io.save(model, tmp_path / "saved.onnx")
+    feeds = {"x": np.ones((2, 4), np.float32)}
+    assert runtime.open_session(tmp_path / "saved.onnx").run(feeds)["y"].shape == (2, 300)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    refused(tmp_path / "pipe.onnx", "not a regular file")
+    (tmp_path / "loop.onnx").symlink_to("loop.onnx")
+    refused(tmp_path / "loop.onnx")
+
+
+def test_a_link_to_a_model_whose_data_is_not_beside_the_link(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    path = written(tmp_path / "store", external(tmp_path / "store", "weights.bin"))
+    link = tmp_path / "link.onnx"
+    link.symlink_to(path)
+    error = refused(link, "not beside the link")
+    assert str(path) in str(error.hint)
+
+
+def test_nodes_of_one_name_get_a_hint_when_run(tmp_path: Path) -> None:
+    proto = linear()
+    for node in proto.graph.node:
+        node.name = "same"
+    path = written(tmp_path, proto)
+    assert len({node.name for node in model_io.load(path).graph}) == 3
+    with pytest.raises(ModelError, match="same node name") as caught:
+        runtime.open_session(path)
+    assert caught.value.hint == "Give every node a name of its own."

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import typing
@@ -463,3 +465,123 @@ def test_an_ascii_terminal_ends_no_run(model: Path) -> None:
 def test_the_output_is_a_valid_model(model: Path, out: Path) -> None:
     assert compress(model, out, "--passes", "gain") == 0
     onnx.checker.check_model(str(out), full_check=True)
+
+
+# --- files beside the result -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-recipe"])
+@pytest.mark.parametrize("target", ["in.onnx", "weights.bin", "labels.npy", "data.py", "new.onnx"])
+def test_other_files_are_never_overwritten(
+    model: Path, out: Path, capsys: Output, option: str, target: str
+) -> None:
+    path = model.with_name(target)
+    if target not in {"in.onnx", "new.onnx"}:
+        path.write_bytes(b"\x93 precious")
+    before = path.read_bytes() if path.exists() else None
+    assert compress(model, out, "--passes", "gain", option, path) == 2
+    assert "would" in capsys.readouterr().err
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-recipe"])
+def test_a_file_of_its_own_kind_is_replaced(model: Path, out: Path, option: str) -> None:
+    path = model.with_name("report.txt")
+    for _ in range(2):
+        assert compress(model, out, "--passes", "gain", option, path, "-q") == 0
+    assert fakes.leftovers(model.parent) == [
+        "in.calib.npz",
+        "in.eval.npz",
+        "in.onnx",
+        "out.onnx",
+        "report.txt",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-recipe"])
+def test_places_that_cannot_work_are_told_before_any_work(
+    model: Path, out: Path, tmp_path: Path, capsys: Output, option: str
+) -> None:
+    for place in (tmp_path, tmp_path / "none" / "r.txt"):
+        assert compress(model, out, "--passes", "crash", option, place) == 3
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_report_and_recipe_are_two_files(model: Path, out: Path, capsys: Output) -> None:
+    same = model.with_name("r.txt")
+    assert compress(model, out, "--passes", "gain", "--json", same, "--save-recipe", same) == 2
+    assert "name the same file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "inspect"])
+def test_commands_that_only_look_overwrite_nothing_either(command: str, model: Path) -> None:
+    before = model.read_bytes()
+    models = [model] if command == "inspect" else [model, model]
+    assert run(command, *models, "--json", model) == 2
+    assert model.read_bytes() == before
+
+
+# --- streams and signals ---------------------------------------------------------------------
+
+
+def test_what_a_data_function_prints_stays_out_of_the_report(
+    model: Path, out: Path, tmp_path: Path, capsys: Output
+) -> None:
+    (tmp_path / "chatty.py").write_text(
+        "import numpy as np\n"
+        "def feeds():\n"
+        "    print('hello')\n"
+        "    return [{'x': np.ones((1, 6), np.float32)}] * 4\n"
+    )
+    given = ("--eval", f"{tmp_path / 'chatty.py'}:feeds", "--json")
+    assert compress(model, out, "--passes", "gain", *given) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["passed"] is True
+    assert "hello" in shown.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
+@pytest.mark.parametrize("given", [(), ("--json",)])
+def test_a_reader_that_leaves_early_is_no_error(model: Path, given: tuple[str, ...]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnxcompress", "inspect", str(model), *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_stays_one(
+    model: Path, out: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallowed(*arguments: object, **options: object) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("half imported")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("onnxcompress.pipeline.run_recipe", swallowed)
+    assert compress(model, out, "--passes", "gain") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_libraries_do_not_log_on_stderr(
+    model: Path, out: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+    def chatty(*arguments: object, **options: object) -> None:
+        logging.getLogger("onnx_ir").warning("skipped something")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("onnxcompress.pipeline.run_recipe", chatty)
+    assert compress(model, out, "--passes", "gain") == 3
+    assert "skipped something" not in capsys.readouterr().err

@@ -82,3 +82,9 @@ def test_a_pass_whose_own_dependency_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(passes, "entry_points", lambda group: [entry("t", "tests.missing:T")])
     with pytest.raises(UsageError, match="no module named 'torch'"):
         pass_class("t")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", float("nan")])
+def test_options_are_finite_numbers(value: object) -> None:
+    with pytest.raises(UsageError, match=r"gain\.factor=.* must be a finite number"):
+        fakes.GainOptions.parse({"factor": value}, owner="gain")

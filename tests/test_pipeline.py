@@ -12,7 +12,7 @@ import pytest
 
 import onnxcompress
 from onnxcompress.errors import DataError, ModelError, OutputError, PassError, UsageError
-from onnxcompress.passes.base import Stage
+from onnxcompress.passes.base import PassReport, Stage
 from onnxcompress.pipeline import compress
 from onnxcompress.result import CompressionResult
 from onnxcompress.verification.gates import Gates
@@ -426,3 +426,39 @@ def test_labels_stay_with_their_samples_when_data_are_split(model: Path) -> None
     accuracy = result.verification.comparison.accuracy
     assert accuracy is not None
     assert (accuracy.samples, accuracy.original_ratio) == (30, 1.0)
+
+
+# --- what is said ----------------------------------------------------------------------------
+
+
+def test_a_pass_that_changes_nothing_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fakes.HungryPass, "run", lambda *arguments: PassReport())
+    result = run(model, "hungry", "gain", simplify=False, fold=False)
+    assert [w for w in result.warnings if "changed nothing" in w] == [
+        "Pass 'hungry' changed nothing: see what it skipped, and why, with -v."
+    ]
+
+
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "constant.onnx"
+    text = '<ir_version: 8, opset_import: ["" : 17]> g () => (float[2] y) '
+    onnx.save(onnx.parser.parse_model(text + "<float[2] c = {1, 2}> { y = Neg(c) }"), path)
+    with pytest.raises(ModelError, match="has no inputs"):
+        compress(path, tmp_path / "out.onnx", passes=["gain"])
+
+
+def test_an_original_that_onnxruntime_refuses_is_told_before_any_work(model: Path) -> None:
+    proto = onnx.load(model)
+    for node in proto.graph.node:
+        node.name = "same"
+    onnx.save(proto, model)
+    with pytest.raises(ModelError, match="two nodes with same node name"):
+        run(model, "crash")
+
+
+def test_the_output_may_be_a_link_to_itself(model: Path) -> None:
+    output = model.with_name("out.onnx")
+    output.symlink_to(output.name)
+    assert run(model, "gain").written
+    assert output.is_file()
+    assert not output.is_symlink()

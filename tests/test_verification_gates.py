@@ -111,6 +111,15 @@ def test_default_gate_of_integer_outputs() -> None:
     assert (outcome.name, outcome.passed) == ("equal", False)
 
 
+@pytest.mark.parametrize(("equal", "passed"), [(1.0, True), (0.5, True), (0.49, False)])
+def test_default_gate_of_outputs_without_a_finite_value(equal: float, passed: bool) -> None:
+    """Nothing is finite in both models, so neither cosine nor SQNR can be measured."""
+    output = dataclasses.replace(FLOAT, cosine=None, sqnr_db=None, equal_ratio=equal)
+    (outcome,) = judge(Gates(), (output,), (), None)
+    assert (outcome.name, outcome.passed) == ("equal", passed)
+    assert judge(Gates(), (dataclasses.replace(output, elements=0),), (), None) == ()
+
+
 def test_one_limit_switches_the_default_gate_off() -> None:
     destroyed = dataclasses.replace(FLOAT, cosine=0.0)
     (outcome,) = judge(Gates(min_sqnr_db=-100), (destroyed,), (), None)

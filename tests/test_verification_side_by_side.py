@@ -12,6 +12,7 @@ import pytest
 from onnxcompress import api, model_io
 from onnxcompress.calibration.sources import Dataset, open_dataset
 from onnxcompress.errors import DataError, ModelError, ProviderError, UsageError
+from onnxcompress.inspection import inspect
 from onnxcompress.interface import TensorSpec, input_specs
 from onnxcompress.progress import SilentProgress, Task
 from onnxcompress.runtime import Session, SessionSettings, open_session
@@ -107,6 +108,8 @@ def test_an_original_that_is_not_finite_is_no_fault_of_the_result(original: Path
     checked = check(broken, broken)
     assert not checked.comparison.fatal
     assert any("original itself gives NaN" in warning for warning in checked.warnings)
+    assert checked.passed
+    assert not check(broken, original).passed  # finite values in place of NaN are not the same
 
 
 def test_another_interface_is_fatal(original: Path) -> None:
@@ -357,3 +360,29 @@ def test_interface_changes(before: TensorSpec, after: TensorSpec, same: bool) ->
     changes = interface_changes((before,), (after,), "input")
     assert (not changes) is same
     assert all("input" in change for change in changes)
+
+
+def test_functions_count_by_what_is_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "functions.onnx"
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
+        g (float[N,6] x, float[6,4] w) => (float[N,4] y) { y = f.Product(x, w) }
+        <domain: "f", opset_import: ["" : 17]> Product (a, b) => (c)
+        { m = MatMul(a, b) c = Relu(m) }"""
+    )
+    del proto.graph.input[1]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((6, 4), np.float32), "w"))
+    onnx.save(proto, path)
+    checked = api.verify(path, path, fakes.samples(4), measure=False)
+    assert (checked.original.macs, checked.original.nodes) == (24, 2)
+    assert inspect(path).macs == 24
+
+
+@pytest.mark.parametrize(
+    ("threads", "sizes"), [((-1,), (1,)), ((99999,), (1,)), ((1,), (0,)), ((), (1,)), ((1,), ())]
+)
+def test_benchmarks_that_make_no_sense(
+    original: Path, threads: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    with pytest.raises(UsageError):
+        api.benchmark(original, original, fakes.samples(4), threads=threads, batch_sizes=sizes)

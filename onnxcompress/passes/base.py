@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -141,6 +142,8 @@ class PassOptions:
             low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
+            if not math.isfinite(value):
+                raise UsageError(f"option {owner}.{f.name}={value} must be a finite number")
             if (low is not None and value < low) or (high is not None and value > high):
                 bounds = f"{'' if low is None else f'at least {low}'}{' and ' if low is not None and high is not None else ''}{'' if high is None else f'at most {high}'}"
                 raise UsageError(f"option {owner}.{f.name}={value} must be {bounds}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnxcompress
-from onnxcompress.errors import OutputError, UsageError
 from onnxcompress.inspection import Inspection
+from onnxcompress.output import SideFile, check_side_file, write_side_file
 from onnxcompress.result import CompressionResult
 from onnxcompress.verification.side_by_side import Verification
 
@@ -69,20 +69,11 @@ def write(report: Mapping[str, Plain], path: Path) -> None:
     """Write a report to a file.
 
     Raises:
-        UsageError: If the file is named like a model.
+        UsageError: If another file would be overwritten.
         OutputError: If it cannot be written.
     """
-    if path.suffix in {".onnx", ".npz", ".npy"}:
-        raise UsageError(
-            f"the JSON report would overwrite '{path}'",
-            hint="Write --json=- for stdout, or --json report.json.",
-        )
-    try:
-        path.write_text(dumps(report), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"report '{path}' cannot be written: {error.strerror or error}"
-        ) from error
+    check_side_file(path, SideFile.REPORT)
+    write_side_file(path, SideFile.REPORT, dumps(report))
 
 
 def plain(value: object) -> Plain:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxcompress.passes.base import Skip
+from onnxcompress.report.console import console
 from onnxcompress.report.units import (
     bytes_text,
     change_text,
@@ -32,14 +33,6 @@ _GOOD, _BAD, _DIM = "green", "red", "dim"
 _NAMES_SHOWN = 3
 _REASONS_SHOWN = 4
 _TABLE_WIDTH = 64
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console that writes plain text of the full width where it is not a terminal."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    if not made.is_terminal:
-        made = Console(stderr=stderr, highlight=False, width=100, no_color=True)
-    return made
 
 
 def compression(result: CompressionResult, *, verbose: bool = False) -> RenderableType:
@@ -79,14 +72,6 @@ def verification(checked: Verification, *, verbose: bool = False) -> RenderableT
 def benchmark(timed: Verification) -> RenderableType:
     """The report of a timing of two models."""
     return Group(*_spaced(BeforeAfter(timed), _measured_on(timed, None)))
-
-
-def error(message: str, hint: str | None) -> Text:
-    """An error with its hint."""
-    text = Text.assemble(("error: ", "bold red"), message)
-    if hint:
-        text.append(f"\n{hint}", _DIM)
-    return text
 
 
 Row = tuple[str, str, str, Text]
@@ -298,7 +283,8 @@ def _details(run: PassRun, *, verbose: bool) -> Iterator[Text]:
         yield Text(note)
     if verbose:
         for change in run.report.changes:
-            yield Text(f"{change.op_type} '{change.node}': {change.what}".lstrip())
+            where = f"{change.op_type} '{change.node}': ".lstrip() if change.node else ""
+            yield Text(f"{where}{change.what}")
     groups = _grouped(run.report.skips)
     shown_groups = groups if verbose else dict(list(groups.items())[:_REASONS_SHOWN])
     for reason, skips in shown_groups.items():

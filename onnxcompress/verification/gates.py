@@ -2,8 +2,8 @@
 
 Without any limit of the user's there is a default one, so that a destroyed model never passes in
 silence: every classifier-like output agrees with the original on at least half of the samples,
-every other floating-point output has a cosine of at least 0.9, and every other output is equal in
-at least half of its elements.
+every other floating-point output has a cosine of at least 0.9, and every other output (one whose
+values are all NaN or infinite, too) is equal in at least half of its elements.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _default(
     for o in outputs:
         if o.name in ratios:
             made += _each("agreement", DEFAULT_AGREEMENT, [(o.name, ratios[o.name])], default=True)
-        elif not o.is_float:
+        elif not o.is_float or (o.cosine is None and o.elements):
             made += _each("equal", DEFAULT_AGREEMENT, [(o.name, o.equal_ratio)], default=True)
         elif o.cosine is not None:
             made += _each("cosine", DEFAULT_COSINE, [(o.name, o.cosine)], default=True)

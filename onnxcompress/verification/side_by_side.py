@@ -194,6 +194,7 @@ def time_models(
 
 def _load(path: Path) -> _Side:
     model = model_io.load(path)
+    model_io.inline(model)  # what functions hold counts too
     return _Side(path, model)
 
 

@@ -23,9 +23,11 @@ sys.exit(main())
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "code"),
+    [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)],
+    ids=["Ctrl-C", "SIGTERM", "hang-up"],
 )
-def test_a_signal_leaves_no_partial_file(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_leaves_no_partial_file(tmp_path: Path, number: str, code: int) -> None:
     folder, scratch = tmp_path / "models", tmp_path / "scratch"
     folder.mkdir()
     scratch.mkdir()
@@ -40,7 +42,7 @@ def test_a_signal_leaves_no_partial_file(tmp_path: Path, number: signal.Signals,
         text=True,
     )
     try:
-        fakes.interrupt_when(started, process.pid, number)
+        fakes.interrupt_when(started, process.pid, signal.Signals[number])
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()

@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console, RenderableType
 
-from onnxcompress.report import terminal
+from onnxcompress.report import console, terminal
 from onnxcompress.verification.compare import Comparison
 from onnxcompress.verification.gates import GateOutcome
 from onnxcompress.verification.side_by_side import Verification
@@ -172,5 +172,5 @@ def test_what_is_no_terminal_gets_plain_text(capsys: pytest.CaptureFixture[str])
 
 
 def test_errors_have_their_hint_on_a_line_of_its_own() -> None:
-    assert text(terminal.error("it [broke]", "Mend it.")) == "error: it [broke]\nMend it.\n"
-    assert text(terminal.error("it broke", None)) == "error: it broke\n"
+    assert text(console.error("it [broke]", "Mend it.")) == "error: it [broke]\nMend it.\n"
+    assert text(console.error("it broke", None)) == "error: it broke\n"

@@ -12,8 +12,12 @@ import pytest
 
 from tests import fakes
 
+# A background job or nohup leaves signals ignored, and the program respects that.
 _PROGRAM = """
-import sys, pytest
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
 from tests import fakes
 fakes.install(pytest.MonkeyPatch())
 from onnxcompress.cli import main

@@ -386,3 +386,17 @@ def test_benchmarks_that_make_no_sense(
 ) -> None:
     with pytest.raises(UsageError):
         api.benchmark(original, original, fakes.samples(4), threads=threads, batch_sizes=sizes)
+
+
+def test_an_original_that_takes_one_sample_at_a_time(tmp_path: Path) -> None:
+    """Both axes are called B: a batch of two does not fit where one sample does."""
+    path = tmp_path / "product.onnx"
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[A,B] a, float[B,C] b) => (float[A,C] y)'
+    )
+    onnx.save(onnx.parser.parse_model(text + " { y = MatMul(a, b) }"), path)
+    data = {"a": np.ones((4, 1), np.float32), "b": np.ones((4, 3), np.float32)}
+    with pytest.raises(ModelError, match="mismatch") as caught:
+        api.verify(path, path, data, batch_size=2, measure=False)
+    assert "--batch-size 1" in str(caught.value.hint)
+    assert api.verify(path, path, data, batch_size=1, measure=False).passed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxcompress.calibration.sources import Dataset
@@ -11,7 +11,7 @@ from onnxcompress.interface import TensorSpec
 from onnxcompress.progress import Progress
 from onnxcompress.runtime import Session
 from onnxcompress.verification.classes import Accuracy, Agreement, ClassMeter
-from onnxcompress.verification.metrics import OutputFidelity, OutputMeter
+from onnxcompress.verification.metrics import Array, OutputFidelity, OutputMeter
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _compare(
     done = 0
     with progress.task("verifying", data.sample_count) as task:
         for samples, feeds in data.counted_batches(batch_size):
-            wanted = original.run(feeds)
+            wanted = _run_original(original, feeds, samples)
             try:
                 got = result.run(feeds)
             except ModelError as error:
@@ -119,6 +119,16 @@ def _compare(
             done += samples
             task.advance(samples)
     return _conclude(done, outputs, classes)
+
+
+def _run_original(original: Session, feeds: Mapping[str, Array], samples: int) -> dict[str, Array]:
+    try:
+        return original.run(feeds)
+    except ModelError as error:
+        if samples == 1 or error.hint:
+            raise
+        hint = "If it takes only one sample at a time, use --batch-size 1."
+        raise ModelError(error.message, hint=hint) from error
 
 
 def _like_an_input(output: TensorSpec, inputs: Sequence[TensorSpec]) -> bool:

@@ -67,7 +67,7 @@ class ItemSource:
             iterator = iter(self._items())
         except OnnxCompressError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure(error) from error
         number = 0
         while True:
@@ -77,16 +77,26 @@ class ItemSource:
                 return
             except OnnxCompressError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._failure(error) from error
             yield self._check(item, f"{self._label}, item {number}")
             number += 1
 
-    def _failure(self, error: Exception) -> DataError:
+    def _failure(self, error: BaseException) -> DataError:
         return DataError(
             f"{self._label} failed: {type(error).__name__}: {error}",
             hint="The function must run without arguments and give one dict of arrays per sample.",
         )
+
+    @staticmethod
+    def _array(value: object, label: str) -> Array:
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise DataError(
+                f"{label} is no array: its rows differ in length",
+                hint="Yield numpy arrays; pad what differs in length.",
+            ) from error
 
     def _check(self, item: object, label: str) -> dict[str, Array]:
         if not isinstance(item, Mapping):
@@ -97,7 +107,7 @@ class ItemSource:
         chosen = match_names([str(name) for name in item], self._specs, label)
         out = {}
         for spec in self._specs:
-            array = np.asarray(item[chosen[spec.name]])
+            array = self._array(item[chosen[spec.name]], f"{label}, '{spec.name}'")
             check_dtype(spec, array.dtype, label)
             if spec.shape is not None:
                 fits = len(spec.shape) == array.ndim and all(

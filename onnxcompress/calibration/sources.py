@@ -241,7 +241,7 @@ def _import_function(module: str, function: str) -> Callable[[], Iterable[Mappin
     with _importable(folder):
         try:
             imported = importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"module '{module}' cannot be imported: {type(error).__name__}: {error}",
                 hint="It must lie in the current folder or be installed.",

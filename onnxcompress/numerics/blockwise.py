@@ -32,6 +32,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from onnxcompress.numerics.least_squares import UNDERFLOW
+
 Codes: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -237,7 +239,7 @@ def with_feedback(matrix: Float32, start: Blocks, moment: Float64, *, damp: floa
         damp: ``λ`` relative to the mean diagonal of ``H``.
     """
     mean = float(moment.diagonal().mean())
-    if not np.isfinite(mean) or mean <= 0:
+    if not np.isfinite(mean) or mean <= UNDERFLOW:
         return start
     size, top = len(moment), (1 << start.bits) - 1
     order = np.argsort(-moment.diagonal(), kind="stable")

@@ -30,6 +30,8 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
+UNDERFLOW = float(np.finfo(np.float32).tiny)
+"""Mean square below which a moment summed in float32 holds no signal."""
 _PANEL = 128
 """Rows solved at a time in the triangular solves; large enough for matrix products to dominate."""
 _CHUNKS = 16
@@ -156,9 +158,13 @@ def solve_positive_definite(matrix: Array, right: Array) -> Array:
 
 
 def damping(covariance: Array, ridge: float) -> float:
-    """``ρ``: the relative ridge times the mean diagonal of ``covariance`` (1 if that is zero)."""
+    """``ρ``: the relative ridge times the mean diagonal of ``covariance`` (1 without signal).
+
+    Below the least normal float32, sums of products made in float32 have underflowed and may be
+    indefinite by any amount: that is no signal.
+    """
     mean = float(np.trace(covariance)) / max(len(covariance), 1)
-    return ridge * (mean if mean > 0 else 1.0)
+    return ridge * (mean if mean > UNDERFLOW else 1.0)
 
 
 def shrunk(covariance: Array, count: int) -> Array:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.numerics.affine import Grid
+from onnxcompress.numerics.least_squares import UNDERFLOW
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -108,7 +109,7 @@ def _feedback(
     size = len(covariance)
     variance = covariance.diagonal()
     mean = float(variance.mean())
-    if mean <= 0 or not np.isfinite(mean):
+    if mean <= UNDERFLOW or not np.isfinite(mean):
         return round_to_nearest(weight, scale, grid)
     order = np.argsort(-variance, kind="stable")
     damped = covariance[np.ix_(order, order)] + damp * mean * np.eye(size)

@@ -436,3 +436,15 @@ def test_a_function_that_gives_less_the_second_time() -> None:
     dataset = open_dataset(give, X23)
     with pytest.raises(DataError, match="gave 3 samples this time, 5 expected"):
         _all(dataset)
+
+
+def test_rows_of_different_lengths_and_functions_that_exit_are_data_errors() -> None:
+    def ragged() -> list[dict[str, object]]:
+        return [{"x": [[1.0, 2.0], [3.0]]}]
+
+    def leaves() -> list[dict[str, object]]:
+        raise SystemExit(5)
+
+    for function, message in [(ragged, "differ in length"), (leaves, "SystemExit: 5")]:
+        with pytest.raises(DataError, match=message):
+            list(open_dataset(function, X23).batches(1))  # type: ignore[arg-type]

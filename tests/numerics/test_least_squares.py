@@ -304,3 +304,12 @@ def test_shrinking_predicts_the_loss_on_fresh_rows_better_when_rows_are_few() ->
     truth = forced_error(fresh, weight, np.arange(20).tolist(), 1e-3)
     assert promised["plain"] < 0.1 * truth
     assert 3 * promised["plain"] < promised["shrunk"] < truth
+
+
+def test_moments_that_underflowed_are_no_signal() -> None:
+    random = np.random.default_rng(0)
+    noisy = random.standard_normal((6, 6)) * 1e-44
+    moment = (noisy + noisy.T) / 2  # as many eigenvalues below zero as above
+    weight = random.standard_normal((3, 6))
+    block = Block(weight, moment, np.arange(6)[:, None])
+    assert np.isfinite(eliminate([block]).errors).all()

@@ -172,7 +172,8 @@ class _Pair:
             del copy.graph.initializers[name]
             same = graph.initializers.get(name)
             if same is not None and same.const_value is value.const_value:
-                value.replace_all_uses_with(same)
+                for node, place in list(value.uses()):  # it may also be an output of the copy
+                    node.replace_input_with(place, same)
                 continue
             value.name = self._namer.value(f"{name}/quant_twin")
             graph.register_initializer(value)

@@ -228,3 +228,13 @@ def test_other_targets_get_their_types(name: str, tmp_path: Path) -> None:
     top = max(int(np.abs(a.astype(int)).max()) for a in integers if a.ndim > 1)
     assert top == (64 if target.reduce_range else 127)
     assert _sqnr_db(model, reference) > 25
+
+
+def test_a_weight_that_is_also_an_output_of_the_model_stays_one(tmp_path: Path) -> None:
+    model = _normalized("mlp_gemm")
+    weight = next(v for n in model.graph if n.op_type == "Gemm" for v in n.inputs[1:2] if v)
+    model.graph.outputs.append(weight)
+    reference, before = model_io.clone(model), interface(model)
+    _run(model, tmp_path, _options(ranges="minmax"))
+    assert interface(model) == before
+    assert _sqnr_db(model, reference) > 25

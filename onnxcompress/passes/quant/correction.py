@@ -103,7 +103,7 @@ def correct_biases(
     outputs = {
         value.name or "": pair.compare(value.name or "", pair.quantized_output(k))
         for k, value in enumerate(model.graph.outputs)
-        if value.dtype == ir.DataType.FLOAT
+        if value.dtype == ir.DataType.FLOAT and not value.is_initializer()
     }
     pair.model.graph.sort()
     few = ctx if nodes else few_samples(ctx)

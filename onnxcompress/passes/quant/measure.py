@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.geometry import unfold_of
 from onnxcompress.calibration.statistics import (
-    AxisUnfold,
     ClipErrorRequest,
     ConvUnfold,
     MomentsRequest,
@@ -22,7 +22,7 @@ from onnxcompress.calibration.statistics import (
 from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics.affine import Affine, FloatArray, Grid
-from onnxcompress.passes.quant.operators import WEIGHT, attribute, data_inputs
+from onnxcompress.passes.quant.operators import WEIGHT, data_inputs
 from onnxcompress.passes.quant.options import RangeMethod
 from onnxcompress.passes.quant.parameters import Group, Range, group_candidates, range_affines
 
@@ -119,7 +119,7 @@ def covariances(
     """
     requests: dict[str, MomentsRequest] = {}
     for name, node in nodes.items():
-        unfold = unfold_of(node)
+        unfold = _unfold(node)
         columns = 0 if unfold is None else _columns(node)
         if unfold is None or columns > _MAX_COLUMNS:
             continue
@@ -138,30 +138,11 @@ def _columns(node: ir.Node) -> int:
     return int(np.prod(weight.shape[1:])) if node.op_type == "Conv" else max(weight.shape)
 
 
-def unfold_of(node: ir.Node) -> Unfold | None:
-    """How the data of a weighted node meet its weight; None where that is not known."""
-    if node.op_type in {"Gemm", "MatMul"}:
-        return AxisUnfold(-1)
-    weight = constant_of(node.inputs[WEIGHT])
-    if node.op_type != "Conv" or weight is None:
+def _unfold(node: ir.Node) -> Unfold | None:
+    """How the data of a weighted node meet its weight; None where rounding leaves it out."""
+    automatic = node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
+    if node.op_type == "ConvTranspose" or automatic:
         return None
-    automatic = node.attributes.get("auto_pad")
-    if automatic is not None and automatic.value not in {"NOTSET", "VALID"}:
-        return None
-    kernel = tuple(int(k) for k in weight.shape[2:])
-    rank = len(kernel)
-    pads = _integers(node, "pads", (0,) * 2 * rank)
-    if min(pads, default=0) < 0:
-        return None
-    return ConvUnfold(
-        kernel=kernel,
-        strides=_integers(node, "strides", (1,) * rank),
-        dilations=_integers(node, "dilations", (1,) * rank),
-        pads=pads,
-        groups=int(attribute(node, "group", 1)),
-    )
-
-
-def _integers(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    found = node.attributes.get(name)
-    return default if found is None else tuple(int(i) for i in found.value)
+    unfold = unfold_of(node)
+    crops = isinstance(unfold, ConvUnfold) and min(unfold.pads, default=0) < 0
+    return None if crops else unfold

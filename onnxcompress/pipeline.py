@@ -176,7 +176,7 @@ def run_recipe(
                 calib=calib,
                 evaluation=evaluation,
                 labels=labels,
-                needs_calibration=schedule.needs_calibration,
+                needs_calibration=schedule.needs_calibration(target),
             )
         context = PassContext(
             target=target,

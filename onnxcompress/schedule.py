@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from onnxcompress.errors import UsageError
 from onnxcompress.passes import make_pass, pass_class
-from onnxcompress.passes.base import Stage
+from onnxcompress.passes.base import NeedsByTarget, Stage
+from onnxcompress.targets import Target
 
 if TYPE_CHECKING:
+    from onnxcompress.calibration.statistics import Statistic
     from onnxcompress.passes.base import Pass
     from onnxcompress.recipe import Recipe
 
@@ -40,10 +42,15 @@ class Schedule:
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether any pass asks for statistics."""
-        return any(step.instance.needs for step in self.steps)
+    def needs_calibration(self, target: Target) -> bool:
+        """Whether any pass asks for statistics when compressing for ``target``."""
+        return any(_needs(step.instance, target) for step in self.steps)
+
+
+def _needs(instance: Pass, target: Target) -> frozenset[Statistic]:
+    if isinstance(instance, NeedsByTarget):
+        return instance.needs_for(target)
+    return instance.needs
 
 
 def plan_schedule(recipe: Recipe) -> Schedule:

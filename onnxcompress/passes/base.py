@@ -9,13 +9,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self, TypeVar
+from typing import ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import UsageError
+from onnxcompress.targets import Target
 
 
 class Stage(enum.IntEnum):
@@ -238,3 +239,11 @@ class Pass(Protocol):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         """Transform ``model`` in place."""
+
+
+@runtime_checkable
+class NeedsByTarget(Protocol):
+    """A pass whose need of calibration depends on the target."""
+
+    def needs_for(self, target: Target) -> frozenset[Statistic]:
+        """What calibration must collect when compressing for ``target``."""

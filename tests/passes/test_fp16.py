@@ -15,7 +15,9 @@ from onnxcompress.context import PassContext
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.fp16 import Fp16Options, Fp16Pass, Mode, as_half
+from onnxcompress.recipe import Recipe
 from onnxcompress.runtime import optimized_graph
+from onnxcompress.schedule import plan_schedule
 from onnxcompress.targets import target_by_name
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import FIXTURES, Fixture, fixture
@@ -260,3 +262,12 @@ def test_a_model_in_half_precision_has_nothing_to_convert() -> None:
         report = convert(model.clone(), options)
         assert report.changes == ()
         assert report.figures["casts_added"] == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "mode", "needed"),
+    [("x86-vnni", "auto", False), ("cuda", "auto", True), ("x86-vnni", "compute", True)],
+)
+def test_only_computing_in_half_asks_for_calibration(target: str, mode: str, needed: bool) -> None:
+    schedule = plan_schedule(Recipe(passes=("fp16",), options={"fp16": {"mode": mode}}))
+    assert schedule.needs_calibration(target_by_name(target)) is needed

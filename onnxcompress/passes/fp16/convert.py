@@ -1,251 +1,25 @@
-"""Half precision: weights, and where the hardware gains by it the arithmetic, in float16.
-
-Two ways, with the same file size:
-
-- *storage*: weights are stored in float16 and a ``Cast`` makes them float32. It depends on a
-  constant alone, so onnxruntime computes it at load and the model runs at the speed of float.
-- *compute*: nodes take and give float16; ``Cast`` nodes stand at the borders, so that the inputs
-  and outputs of the model keep their types. Nodes that cannot run in float16 are *islands* of
-  float32. Every value is cast at most once in each direction, and never back and forth.
-
-float16 has 11 significant bits (a relative error of at most 2⁻¹¹), reaches to 65504 and loses
-precision below 6.1e-5. A constant ``w`` goes into float16 only if it is finite there, no element of
-a small constant becomes 0 (it may be a divisor), and
-
-    |w - half(w)|₂ <= 2⁻¹⁰ |w|₂
-
-An activation has to stay below half of the range over the calibration data.
-"""
+"""The conversion of one model to float16: nodes, weights, and the casts between."""
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
-from onnxcompress.calibration.statistics import RangeRequest, Statistic
-from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.naming import Namer
-from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage, option
-
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+from onnxcompress.passes.base import Change, Skip
+from onnxcompress.passes.fp16.halves import as_half
+from onnxcompress.passes.fp16.slots import FLOAT, HALF, Slots, has_subgraph, slots_of
 
 LIMIT = 65504.0 * 0.5
 """Largest magnitude of an activation that may be computed in float16."""
 
-_SMALL = 1024
-"""A constant with fewer elements may be a divisor or an epsilon, where an exact 0 does harm."""
-
-_NO_CUDA_KERNEL = frozenset(
-    {
-        "CumSum",
-        "Multinomial",
-        "NonMaxSuppression",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Range",
-        "RoiAlign",
-        "STFT",
-        "TopK",
-        "Upsample",
-    }
-)
-"""Operators that onnxruntime's CUDA provider computes in float32 only, or not at all."""
-
-
-class Mode(enum.Enum):
-    """What is in float16."""
-
-    AUTO = "auto"
-    STORAGE = "storage"
-    COMPUTE = "compute"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fp16Options(PassOptions):
-    """Options of :class:`Fp16Pass`."""
-
-    mode: Mode = option(
-        Mode.AUTO,
-        "storage: weights in float16, arithmetic in float32; compute: both in float16; auto: "
-        "compute for the target cuda, storage for others",
-    )
-    min_elements: int = option(
-        256, "leave smaller weights in float32 (storage, and float islands)", minimum=1
-    )
-
-
-class Fp16Pass:
-    """Store weights in float16, and compute in it on targets that are faster so."""
-
-    name: ClassVar[str] = "fp16"
-    summary: ClassVar[str] = "halve the weights: float16 storage, and arithmetic on GPUs"
-    stage: ClassVar[Stage] = Stage.PRECISION
-    options_type: ClassVar[type[PassOptions]] = Fp16Options
-    needs: frozenset[Statistic] = frozenset({Statistic.RANGE})
-
-    def __init__(self, options: Fp16Options | None = None) -> None:
-        self.options = options or Fp16Options()
-        if self.options.mode is Mode.STORAGE:
-            self.needs = frozenset()
-
-    def plan(self, model: ir.Model, ctx: PassContext) -> PassReport:
-        """Convert a copy, which shares the weights, without looking at activations."""
-        return self._converted(model.clone(), ctx, ranges=None)
-
-    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
-        """Convert in place."""
-        ranges = None
-        if self._computes(ctx) and ctx.calibration is not None:
-            ranges = _ranges(model, ctx)
-        return self._converted(model, ctx, ranges)
-
-    def _computes(self, ctx: PassContext) -> bool:
-        mode = self.options.mode
-        return mode is Mode.COMPUTE or (mode is Mode.AUTO and ctx.target.name == "cuda")
-
-    def _converted(
-        self, model: ir.Model, ctx: PassContext, ranges: dict[str, float] | None
-    ) -> PassReport:
-        converter = _Converter(model, Namer(model), self.options.min_elements)
-        notes: list[str] = []
-        before = _weight_bytes(model)
-        if self._computes(ctx):
-            if ranges is None:
-                notes.append(
-                    "Activations were not checked for overflow, only weights: no calibration data."
-                )
-            converter.compute(ranges or {})
-        converter.store()
-        figures = {
-            "nodes_in_half": converter.nodes,
-            "weight_bytes_before": before,
-            "weight_bytes_after": _weight_bytes(model),
-            "casts_added": converter.casts,
-        }
-        return PassReport(
-            tuple(converter.changes), tuple(converter.all_skips()), figures, tuple(notes)
-        )
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
-
-
-def _ranges(model: ir.Model, ctx: PassContext) -> dict[str, float]:
-    """Largest magnitude of every float32 value that a node of the main graph computes."""
-    names = [
-        value.name or ""
-        for node in model.graph
-        for value in node.outputs
-        if value.dtype == FLOAT and value.name and (value.uses() or value.is_graph_output())
-    ]
-    names += [v.name or "" for v in model.graph.inputs if v.dtype == FLOAT]
-    requests = {name: RangeRequest(name) for name in names}
-    found = ctx.collect(model, requests.values(), description="looking for overflow in float16")
-    return {
-        name: max(-float(found[r].minimum), float(found[r].maximum)) for name, r in requests.items()
-    }
-
-
-# --- constants -----------------------------------------------------------------------------------
-
-
-def as_half(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float16] | str:
-    """``array`` in float16, or why that would not stand for it.
-
-    Args:
-        array: float32, any shape.
-    """
-    with np.errstate(over="ignore", under="ignore"):
-        half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        finite = array[np.isfinite(array)]
-        top = float(np.abs(finite).max(initial=0))
-        return (
-            f"it overflows float16 (a magnitude of {top:.3g})"
-            if top > 65504
-            else ("it holds numbers that are not finite")
-        )
-    if array.size < _SMALL and np.any((half == 0) & (array != 0)):
-        return "numbers of it would become 0 in float16"
-    flat = array.astype(np.float64).reshape(-1)
-    error = half.astype(np.float64).reshape(-1)
-    error -= flat
-    if float(error @ error) > 2.0**-20 * float(flat @ flat):
-        return "most of it is too small for float16 (below 6.1e-5)"
-    return half
-
-
-# --- types of operators --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Slots:
-    """Numbers of the inputs and outputs whose type follows one of the operator's type variables."""
-
-    inputs: frozenset[int]
-    outputs: frozenset[int]
-
-
-def _slots(node: ir.Node, opset: int) -> _Slots | str:
-    """Which inputs and outputs can be float16, or why none can."""
-    if node.domain != "":
-        return f"operators of the domain {node.domain} stay in float32"
-    if _has_subgraph(node):
-        return "control flow and what is inside stays in float32"
-    if "QuantizeLinear" in node.op_type or node.op_type.startswith(("QLinear", "Dequantize")):
-        return "it belongs to an already quantized part"
-    if node.op_type in _NO_CUDA_KERNEL:
-        return f"onnxruntime has no float16 kernel of {node.op_type}"
-    try:
-        schema = onnx.defs.get_schema(node.op_type, opset)
-    except onnx.defs.SchemaError:
-        return f"opset {opset} has no operator {node.op_type}"
-    allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
-
-    def follows(parameters: list[onnx.defs.OpSchema.FormalParameter], index: int) -> bool:
-        last = parameters[min(index, len(parameters) - 1)]
-        return "tensor(float16)" in allowed.get(last.type_str, ())
-
-    inputs = frozenset(
-        i
-        for i, v in enumerate(node.inputs)
-        if v is not None and v.dtype in (FLOAT, HALF) and follows(list(schema.inputs), i)
-    )
-    outputs = frozenset(
-        i
-        for i, v in enumerate(node.outputs)
-        if v.dtype == FLOAT and follows(list(schema.outputs), i)
-    )
-    if not inputs:
-        return f"{node.op_type} of opset {opset} takes no float16"
-    return _Slots(inputs, outputs)
-
-
-def _has_subgraph(node: ir.Node) -> bool:
-    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return any(a.type in kinds for a in node.attributes.values())
-
-
-# --- conversion ----------------------------------------------------------------------------------
-
 
 @dataclass(slots=True)
-class _Converter:
+class Converter:
     """Converts one model and keeps the report."""
 
     model: ir.Model
@@ -282,9 +56,9 @@ class _Converter:
                 continue
             # What reads no float32 handles integers, or makes numbers that are cast where read.
             floats = [v for v in node.inputs if v is not None and self._is_float(v)]
-            if not floats and not _has_subgraph(node):
+            if not floats and not has_subgraph(node):
                 continue
-            slots = _slots(node, opset)
+            slots = slots_of(node, opset)
             reason = slots if isinstance(slots, str) else self._obstacle(node, slots, ranges)
             if isinstance(slots, str) or reason is not None:
                 self.skips.append(Skip(node.name or "", node.op_type, str(reason)))
@@ -298,7 +72,7 @@ class _Converter:
         """Whether ``value`` is, or was before this pass, float32."""
         return value.dtype == FLOAT or value in self._marked
 
-    def _obstacle(self, node: ir.Node, slots: _Slots, ranges: dict[str, float]) -> str | None:
+    def _obstacle(self, node: ir.Node, slots: Slots, ranges: dict[str, float]) -> str | None:
         """Why a node whose type allows it cannot be in float16."""
         for index in sorted(slots.inputs):
             value = node.inputs[index]
@@ -322,7 +96,7 @@ class _Converter:
             self._constants[value] = "its data are unknown" if array is None else as_half(array)
         return self._constants[value]
 
-    def _convert(self, node: ir.Node, slots: _Slots) -> None:
+    def _convert(self, node: ir.Node, slots: Slots) -> None:
         for index, value in enumerate(node.inputs):
             if value is None:
                 continue

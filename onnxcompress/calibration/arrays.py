@@ -158,6 +158,11 @@ def _read_header(file: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, np
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except (ValueError, EOFError, OSError, SyntaxError) as error:
         raise DataError(f"{label} is not a .npy array: {error}", hint=_TRUNCATED) from error
+    if any(length < 0 for length in shape):
+        raise DataError(
+            f"{label} is not a .npy array: its header announces the shape {list(shape)}",
+            hint=_TRUNCATED,
+        )
     if dtype.hasobject:
         raise DataError(
             f"{label} holds Python objects, which are never unpickled",
@@ -207,7 +212,9 @@ def _open_member(
         lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         offset = info.header_offset + 30 + lengths
         available = min(info.file_size, os.fstat(file.fileno()).st_size - offset)
-        return ArrayFile(path, offset, available, label)
+        array = ArrayFile(path, offset, available, label)
+        _check_sum(file, offset, info, label)
+        return array
     spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the array
     try:
         with archive.open(info) as member:
@@ -215,6 +222,21 @@ def _open_member(
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise DataError(f"{label} cannot be unpacked: {error}", hint=_TRUNCATED) from error
     return ArrayFile(spool, 0, spool.tell(), label)
+
+
+def _check_sum(file: IO[bytes], offset: int, info: zipfile.ZipInfo, label: str) -> None:
+    """Read a stored member once, as zipfile would, since later reads go past zipfile.
+
+    Raises:
+        DataError: If its bytes are not those that were written.
+    """
+    file.seek(offset)
+    left, crc = info.file_size, 0
+    while left and (block := file.read(min(left, 1 << 20))):
+        crc = zlib.crc32(block, crc)
+        left -= len(block)
+    if crc != info.CRC:
+        raise DataError(f"{label} has a wrong checksum", hint=_TRUNCATED)
 
 
 def open_binary(path: Path) -> IO[bytes]:

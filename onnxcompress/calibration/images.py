@@ -52,6 +52,8 @@ class ImageOptions:
             raise UsageError(
                 f"image mean {self.mean} and std {self.std} need one number, or one per channel"
             )
+        if not np.isfinite((*self.mean, *self.std)).all():
+            raise UsageError(f"image mean {self.mean} and std {self.std} must be finite numbers")
         if 0.0 in self.std:
             raise UsageError(f"image std {self.std} must not be 0")
 

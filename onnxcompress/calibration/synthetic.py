@@ -167,6 +167,10 @@ def synthetic_dataset(model: ir.Model, *, samples: int, seed: int) -> Dataset:
 
 
 def _layout(specs: Sequence[TensorSpec]) -> Layout:
+    batches = {spec.shape[0] for spec in specs if spec.shape and spec.batch is None} - {""}
+    if any(batches & set(spec.shape[1:]) for spec in specs if spec.shape):
+        # Its length is one number in several places, which stacked samples would not keep.
+        return Layout(frozenset(spec.name for spec in specs), 1)
     if all(spec.shape and spec.batch is None for spec in specs):
         return Layout()
     groups = {spec.batch for spec in specs}

@@ -105,6 +105,24 @@ def test_damaged_compressed_member(tmp_path: Path) -> None:
         open_npz(path)
 
 
+def test_damaged_stored_member(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.arange(600.0))
+    raw = bytearray(path.read_bytes())
+    raw[3000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"array 'x' of .* has a wrong checksum"):
+        open_npz(path)
+
+
+def test_a_header_with_a_negative_shape(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(60.0))
+    path.write_bytes(path.read_bytes().replace(b"(60,),", b"(-6,),"))
+    with pytest.raises(DataError, match=r"announces the shape \[-6\]"):
+        open_npy(path)
+
+
 def test_stored_member_shorter_than_its_header_says(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.save(tmp_path / "x.npy", np.arange(60.0))

@@ -164,3 +164,9 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(DataError, match="needs Pillow") as raised:
         open_dataset(tmp_path, NCHW)
     assert raised.value.hint == "Install it: pip install 'onnxcompress[images]'."
+
+
+@pytest.mark.parametrize("wrong", [{"mean": (float("nan"),)}, {"std": (float("inf"),)}])
+def test_mean_and_std_are_finite(wrong: dict[str, tuple[float, ...]]) -> None:
+    with pytest.raises(UsageError, match="finite"):
+        ImageOptions(**wrong)  # type: ignore[arg-type]

@@ -150,3 +150,11 @@ def test_models_that_cannot_be_fed_by_guessing() -> None:
     closed = parse("g () => (float[3] y) { y = Relu(w) }", {"w": np.ones(3, np.float32)})
     with pytest.raises(DataError, match="no inputs"):
         synthetic_dataset(closed, samples=1, seed=0)
+
+
+def test_a_batch_name_on_another_axis_too() -> None:
+    model = parse("g (float[N, N] x, float[N, 3] z) => (float[N, 3] y) { y = MatMul(x, z) }")
+    dataset = synthetic_dataset(model, samples=3, seed=0)
+    shapes = [feeds["x"].shape for feeds in dataset.batches(8)]
+    assert shapes == [(1, 1)] * 3
+    assert all(np.isfinite(run(model, feeds)["y"]).all() for feeds in dataset.batches(8))

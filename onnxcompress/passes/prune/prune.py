@@ -23,7 +23,7 @@ from onnxcompress.graph.labels import analyse
 from onnxcompress.graph.naming import Namer
 from onnxcompress.graph.surgery import remove
 from onnxcompress.passes.base import Change, PassReport, Skip, Stage
-from onnxcompress.passes.prune.allocate import Curve, allocate, allowed_counts, unit_step
+from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
 from onnxcompress.passes.prune.budget import remaining
 from onnxcompress.passes.prune.consumers import Layers, UnsupportedError, consumer_of
 from onnxcompress.passes.prune.options import Importance, PruneOptions

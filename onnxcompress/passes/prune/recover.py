@@ -28,7 +28,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import (
-    REFERENCE_PREFIX,
     ConvUnfold,
     CrossMomentsRequest,
     CrossMomentsResult,
@@ -38,6 +37,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
 from onnxcompress.numerics.least_squares import Moments, choose_ridge, regress, residual_energy
+from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.samples import split
@@ -228,37 +228,6 @@ def _moments(result: CrossMomentsResult, group: int, rows: Indices) -> Moments:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Flow:
-    """Which jobs and removals lie upstream of each value of the masked model.
-
-    Attributes:
-        jobs: Bit ``j`` is set where candidate ``j`` lies upstream.
-        touched: Whether the value can differ from the original's.
-    """
-
-    jobs: dict[ir.Value, int]
-    touched: set[ir.Value]
-
-
-def _trace(masked: ir.Model, original: set[str], order: Mapping[str, int]) -> _Flow:
-    jobs: dict[ir.Value, int] = {}
-    touched: set[ir.Value] = set()
-    for node in masked.graph:
-        name = node.name or ""
-        upstream = 1 << order[name] if name in order else 0
-        changed = name not in original
-        for value in node.inputs:
-            if value is not None:
-                upstream |= jobs.get(value, 0)
-                changed = changed or value in touched
-        for output in node.outputs:
-            jobs[output] = upstream
-            if changed:
-                touched.add(output)
-    return _Flow(jobs, touched)
-
-
 def _jobs(
     model: ir.Model,
     masked: ir.Model,
@@ -275,13 +244,13 @@ def _jobs(
     consumers = {n: c for n, c in layers.consumers.items() if c.obstacle is None}
     names = [n.name or "" for n in masked.graph if n.name in consumers]
     order = {name: i for i, name in enumerate(names)}
-    flow = _trace(masked, {n.name or "" for n in model.graph}, order)
+    flow = trace(masked, {n.name or "" for n in model.graph}, order)
     nodes = {n.name or "": n for n in masked.graph}
     levels: list[list[_Job]] = []
     level_of: dict[int, int] = {}
     for index, name in enumerate(names):
         consumer, data = consumers[name], nodes[name].inputs[0]
-        target = _target(nodes[name], consumer, flow, index)
+        target = residual_target(nodes[name], consumer.output, flow, index)
         axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
         channels = consumer.width // consumer.taps * consumer.groups
         inputs = _stays(coupling, kept, consumer.data, axis, channels)
@@ -322,33 +291,3 @@ def _stays(
     if units is None:
         return np.ones(length, np.bool_)
     return np.asarray((units < 0) | kept[units])
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    terms: tuple[tuple[str, float], ...]
-    shortcut: ir.Value | None = None
-
-
-def _target(node: ir.Node, consumer: Consumer, flow: _Flow, index: int) -> _Target:
-    """The original's output, or, before a residual Add, the original's sum less today's shortcut.
-
-    The shortcut must not depend on layers that are refitted later: of two branches that meet, the
-    last one repairs what the first one left.
-    """
-    plain = _Target(((REFERENCE_PREFIX + consumer.output, 1.0),))
-    output = node.outputs[0]
-    if output.name != consumer.output:  # the bias is an Add of its own
-        output = next(iter(output.uses())).node.outputs[0]
-    uses = list(output.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
-        return plain
-    add = uses[0].node
-    shortcut = add.inputs[1 - uses[0].idx]
-    if shortcut is None or shortcut not in flow.touched or shortcut.shape is None:
-        return plain
-    if shortcut.shape != output.shape or flow.jobs.get(shortcut, 0) >> index:
-        return plain
-    total = add.outputs[0]
-    terms = ((f"{REFERENCE_PREFIX}{total.name}", 1.0), (shortcut.name or "", -1.0))
-    return _Target(terms, shortcut)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcompress.passes.prune.allocate import (
+from onnxcompress.numerics.allocation import (
     Curve,
     allocate,
     allowed_counts,

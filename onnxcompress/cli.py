@@ -201,16 +201,44 @@ def bench(original: Path, result: Path, **given: object) -> int:
 @cli.command()
 @click.argument("model", metavar="MODEL", type=opt.PATH)
 @click.option("--groups", is_flag=True, help="List coupled channels, and what keeps the others.")
+@click.option("--profile", is_flag=True, help="Measure the share of each node in the time.")
+@click.option(
+    "--eval",
+    "data",
+    metavar="DATA",
+    help="Inputs for --profile, as for compress (default: MODEL.eval.npz, else invented ones).",
+)
+@click.option("--savings", is_flag=True, help="Say what each pass could do to each node.")
+@click.option("--target", default="auto", show_default=True, help="Hardware for --savings.")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Nodes to list.")
 @opt.report_options
-def inspect(model: Path, groups: bool, top: int, **given: object) -> int:
+def inspect(
+    model: Path,
+    groups: bool,
+    profile: bool,
+    data: str | None,
+    savings: bool,
+    target: str,
+    top: int,
+    **given: object,
+) -> int:
     """Show what is in MODEL: inputs, outputs, operators, cost."""
     from onnxcompress import inspection
     from onnxcompress.report import inspection as pages
     from onnxcompress.report import json
 
     opt.check_side_files(given)
-    found = inspection.inspect(model, groups=groups, top=top)
+    with _stdout_kept():
+        found = inspection.inspect(
+            model,
+            groups=groups,
+            profile=profile,
+            savings=savings,
+            data=data,
+            target=target,
+            top=top,
+            progress=opt.progress(given),
+        )
     _show(given, (model,), pages.inspection(found), json.inspection_report(found))
     return 0
 

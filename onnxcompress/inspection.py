@@ -10,10 +10,18 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcompress import model_io
+from onnxcompress.calibration.sources import DataSource
 from onnxcompress.graph import canonical, labels
 from onnxcompress.graph.cost import ModelCost, NodeCost, cost_of
 from onnxcompress.graph.coupling import Group
 from onnxcompress.interface import TensorSpec, input_specs, output_specs
+from onnxcompress.node_time import TimeShares, time_shares
+from onnxcompress.output import scratch
+from onnxcompress.progress import Progress, SilentProgress
+from onnxcompress.runtime import SessionSettings
+from onnxcompress.savings import Savings, savings_of
+from onnxcompress.selection import evaluation_data
+from onnxcompress.targets import target_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +76,12 @@ class Inspection:
         parameters: Elements of all weights.
         macs: Multiply-accumulates of one sample, dynamic axes as 1.
         uncounted: Nodes whose MACs could not be counted.
-        top_nodes: The nodes with the most MACs (then parameters), largest first.
+        top_nodes: The nodes that take the most time, where it was measured, else those with the
+            most MACs (then parameters), largest first.
         groups: Coupled channels, largest share of MACs first; None when they were not asked for.
         frozen: What keeps the other channels, most frequent first; None when it was not asked for.
+        time: Share of every node in the time of one run; None when it was not asked for.
+        savings: What the passes could do; None when it was not asked for.
         notes: What was done to the model in order to look into it.
     """
 
@@ -92,21 +103,43 @@ class Inspection:
     top_nodes: tuple[NodeCost, ...]
     groups: tuple[CoupledGroup, ...] | None
     frozen: tuple[FrozenReason, ...] | None
+    time: TimeShares | None
+    savings: Savings | None
     notes: tuple[str, ...]
 
 
-def inspect(path: str | Path, *, groups: bool = False, top: int = 10) -> Inspection:
+def inspect(
+    path: str | Path,
+    *,
+    groups: bool = False,
+    profile: bool = False,
+    savings: bool = False,
+    data: DataSource | None = None,
+    target: str = "auto",
+    top: int = 10,
+    progress: Progress | None = None,
+) -> Inspection:
     """Look into a model file.
 
     Args:
         path: The model.
         groups: Whether to analyse which channels are coupled.
+        profile: Whether to measure the share of every node in the time of one run, on one thread.
+        savings: Whether to ask every pass what it could do to every node.
+        data: Inputs of the timed run; by default those beside the model (NAME.eval.npz), else
+            invented ones.
+        target: Hardware profile that ``savings`` are meant for.
         top: How many of the most expensive nodes to list.
+        progress: Where to report progress.
 
     Raises:
         ModelError: If the file is not a model that can be used.
+        DataError: If the data cannot be used with the model.
+        UsageError: If there is no such target.
     """
     path = Path(path)
+    progress = progress or SilentProgress()
+    profile_of = target_by_name(target)
     model = model_io.load(path)
     sizes = model_io.file_sizes(path)
     inlined = model_io.clone(model)
@@ -119,11 +152,28 @@ def inspect(path: str | Path, *, groups: bool = False, top: int = 10) -> Inspect
     found: tuple[CoupledGroup, ...] | None = None
     frozen: tuple[FrozenReason, ...] | None = None
     notes: tuple[str, ...] = ()
-    if groups:
+    shares: TimeShares | None = None
+    could: Savings | None = None
+    if groups or profile or savings:
         prepared = model_io.clone(model)
         notes = model_io.normalize(prepared)
-        found, frozen = _coupling(prepared)
-    expensive = sorted(cost.nodes, key=lambda n: (n.macs or 0, n.parameters), reverse=True)
+        with scratch() as work_dir:
+            if profile:
+                with progress.task("timing nodes"):
+                    feeds = evaluation_data(prepared, path, data).first()
+                    settings = SessionSettings(threads=1)
+                    shares = time_shares(prepared, feeds, settings, work_dir=work_dir)
+            if savings:
+                with progress.task("asking the passes"):
+                    could = savings_of(prepared, profile_of, work_dir)
+        if groups:
+            found, frozen = _coupling(prepared)
+    times = {} if shares is None else shares.nodes
+    expensive = sorted(
+        cost.nodes,
+        key=lambda n: (times.get(n.node, 0.0), n.macs or 0, n.parameters),
+        reverse=True,
+    )
     return Inspection(
         path=path,
         inputs=input_specs(model),
@@ -142,9 +192,13 @@ def inspect(path: str | Path, *, groups: bool = False, top: int = 10) -> Inspect
         parameters=cost.parameters,
         macs=cost.macs,
         uncounted=cost.unknown,
-        top_nodes=tuple(n for n in expensive[:top] if n.macs or n.parameters),
+        top_nodes=tuple(
+            n for n in expensive[:top] if n.macs or n.parameters or times.get(n.node, 0.0)
+        ),
         groups=found,
         frozen=frozen,
+        time=shares,
+        savings=could,
         notes=notes,
     )
 

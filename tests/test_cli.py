@@ -384,6 +384,18 @@ def test_inspect_groups(model: Path, tmp_path: Path, capsys: Output) -> None:
     assert "Softmax" in shown.split("frozen, because")[1]
 
 
+def test_inspect_times_nodes_and_asks_passes(model: Path, capsys: Output) -> None:
+    assert run("inspect", model, "--profile", "--savings", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    shares = report["time"]["nodes"]
+    assert sum(shares.values()) + report["time"]["elsewhere_ratio"] == pytest.approx(1.0)
+    assert report["top_nodes"][0]["node"] == max(shares, key=shares.__getitem__)
+    assert {entry["name"] for entry in report["savings"]["passes"]}
+    assert run("inspect", model, "--profile", "--savings") == 0
+    assert "what each pass could do" in capsys.readouterr().out
+    assert run("inspect", model, "--savings", "--target", "toaster") == 2
+
+
 def test_inspect_of_what_is_no_model(tmp_path: Path) -> None:
     assert run("inspect", tmp_path / "none.onnx") == 3
 

@@ -38,11 +38,14 @@ class Change:
         node: Name of the node or initializer.
         op_type: Its operator, "" for an initializer.
         what: What was done, as a past participle clause ("folded into Conv 'conv1'").
+        saved_bytes: Bytes of constants that this takes away; None where that is not known (in a
+            plan, before anything is measured).
     """
 
     node: str
     op_type: str
     what: str
+    saved_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

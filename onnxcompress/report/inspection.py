@@ -16,6 +16,7 @@ from rich.text import Text
 from onnxcompress.inspection import Inspection
 from onnxcompress.passes.base import Pass, PassOptions
 from onnxcompress.report.units import bytes_text, count_text, percent_text, plural
+from onnxcompress.savings import Savings
 
 # What the tool writes into the files it makes, as people read it.
 _MADE_BY = {
@@ -28,6 +29,8 @@ _MADE_BY = {
 def inspection(found: Inspection) -> RenderableType:
     """The report of ``onnxcompress inspect``."""
     blocks: list[RenderableType] = [_facts(found), _nodes(found)]
+    if found.savings is not None:
+        blocks.append(_savings(found.savings))
     if found.groups is not None and found.frozen is not None:
         blocks += [_groups(found), _frozen(found)]
     return Group(*blocks)
@@ -67,16 +70,48 @@ def _nodes(found: Inspection) -> RenderableType:
     if not found.top_nodes:
         return Text("")
     table = _table("most expensive nodes", "")
-    for name in ("operator", "MACs", "share", "parameters"):
-        table.add_column(name, justify="left" if name == "operator" else "right", overflow="fold")
+    table.add_column("operator", overflow="fold")
+    for name in ("MACs", "share", "parameters", "weights"):
+        table.add_column(name, justify="right", overflow="fold")
+    if found.time is not None:
+        table.add_column("time", justify="right")
+    if found.savings is not None:
+        table.add_column("passes that could treat it, and what they save", overflow="fold")
     for node in found.top_nodes:
         share = (node.macs or 0) / found.macs if found.macs else 0.0
-        table.add_row(
+        cells: list[RenderableType] = [
             Text(node.node),
             node.op_type,
             count_text(node.macs),
             percent_text(share),
             count_text(node.parameters),
+            bytes_text(node.weight_bytes),
+        ]
+        if found.time is not None:
+            cells.append(percent_text(found.time.nodes.get(node.node, 0.0)))
+        if found.savings is not None:
+            treatments = found.savings.nodes.get(node.node, ())
+            cells.append(", ".join(_treatment(t.name, t.saved_bytes) for t in treatments) or "-")
+        table.add_row(*cells)
+    if found.time is None or not found.time.elsewhere_ratio:
+        return table
+    rest = percent_text(found.time.elsewhere_ratio)
+    return Group(table, Text(f"onnxruntime itself (memory layout, ...): {rest} of the time\n"))
+
+
+def _treatment(name: str, saved_bytes: int | None) -> str:
+    return name if saved_bytes is None else f"{name} {bytes_text(saved_bytes)}"
+
+
+def _savings(found: Savings) -> RenderableType:
+    table = _table("what each pass could do, alone and with its default options", "pass")
+    for name in ("nodes", "saves"):
+        table.add_column(name, justify="right")
+    table.add_column("", overflow="fold")
+    for entry in found.passes:
+        saved = "by budget" if entry.saved_bytes is None else bytes_text(entry.saved_bytes)
+        table.add_row(
+            entry.name, str(entry.nodes), saved if entry.nodes else "-", Text(entry.reason)
         )
     return table
 

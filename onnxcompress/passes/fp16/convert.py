@@ -214,7 +214,8 @@ class Converter:
                 stored = set_initializer(graph, name, half)
                 value.replace_all_uses_with(self._cast(stored, FLOAT, f"{value.name}/fp16_float"))
                 graph.initializers.pop(value.name or "")
-                self.changes.append(Change(value.name or "", "", "stored in float16"))
+                saved = tensor.nbytes - half.nbytes
+                self.changes.append(Change(value.name or "", "", "stored in float16", saved))
 
     def _owner(self, value: ir.Value) -> ir.Graph:
         graph = value.graph

@@ -12,10 +12,11 @@ from onnxcompress import model_io
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import UsageError
+from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.passes.quant.build import Builder, Built
 from onnxcompress.passes.quant.clock import run_times
-from onnxcompress.passes.quant.operators import RULES, Kind
+from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
 from onnxcompress.passes.quant.options import Objective, QuantOptions
 from onnxcompress.passes.quant.placement import Network
 from onnxcompress.passes.quant.prepare import prepare
@@ -83,8 +84,8 @@ class QuantPass:
         allowed, skips = self._select(probe, network)
         return PassReport(
             changes=tuple(
-                Change(name, network.nodes[name].op_type, "may run on 8-bit integers")
-                for name in network.nodes
+                Change(name, node.op_type, "may run on 8-bit integers", _saved_bytes(node))
+                for name, node in network.nodes.items()
                 if name in allowed
             ),
             skips=tuple(skips.values()),
@@ -157,6 +158,12 @@ class QuantPass:
                     f"quant.op_types: the model has no operator '{op_type}'",
                     hint=f"It has: {', '.join(sorted(operators))}.",
                 )
+
+
+def _saved_bytes(node: ir.Node) -> int:
+    """Three of the four bytes of every weight, scales neglected."""
+    weight = constant_of(node.inputs[WEIGHT]) if len(node.inputs) > WEIGHT else None
+    return 0 if weight is None else weight.nbytes * 3 // 4
 
 
 def _computes_shapes(node: ir.Node) -> bool:

@@ -109,6 +109,7 @@ class WeightOnlyPass:
                     "",
                     f"stored in {options.bits} bits, {scales}, as {weight.form.value} "
                     f"({old} to {new} bytes)",
+                    old - new,
                 )
             )
         sizes = {"weight_bytes_before": before, "weight_bytes_after": after}

@@ -145,6 +145,27 @@ class MacsTerm:
 
 
 @dataclass(frozen=True, slots=True)
+class Port:
+    """A place where cells of a state pass between the model's interface and its inside.
+
+    The interface keeps all cells, the inside those that stay. A port that reads picks the
+    survivors of ``value`` for everybody but ``outside``; one that writes puts zeros in the places
+    of the others, for ``outside`` and the graph that ``value`` is an output of.
+
+    Attributes:
+        state: Name of the model's input that is read or output that is written.
+        value: Name of the tensor.
+        outside: Names of nodes that use it at full size.
+        writes: Whether cells leave here.
+    """
+
+    state: str
+    value: str
+    outside: tuple[str, ...]
+    writes: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Coupling:
     """The result of :func:`onnxcompress.graph.labels.analyse`.
 
@@ -158,12 +179,14 @@ class Coupling:
             groups (see :attr:`offsets`), -1 where the position belongs to no unit; None for an
             axis without units. Values without units are absent.
         macs: The multiply-accumulates of the model as products of axis lengths.
+        ports: Where cells of states of the interface are read and written.
     """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     axes: Mapping[str, tuple[Units | None, ...]] = field(default_factory=dict, repr=False)
     macs: tuple[MacsTerm, ...] = field(default=(), repr=False)
+    ports: tuple[Port, ...] = ()
 
     @property
     def offsets(self) -> Units:

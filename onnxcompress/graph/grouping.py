@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.graph.coupling import Coupling, Cut, Frozen, Group, MacsTerm, Sink, Source
+from onnxcompress.graph.coupling import Coupling, Cut, Frozen, Group, MacsTerm, Port, Sink, Source
 from onnxcompress.graph.rules.base import Axes, weight_of
+from onnxcompress.graph.states import State
 from onnxcompress.graph.unions import Labels
 
 
@@ -91,7 +92,7 @@ class Spread:
         return list({id(labels): labels for labels in arrays}.values())
 
 
-def group_units(spread: Spread) -> Coupling:
+def group_units(spread: Spread, states: Sequence[State] = ()) -> Coupling:
     """Number the units and gather the places where each group lives."""
     frozen, born, summed = spread.frozen_roots(), spread.born_roots(), spread.summed_roots()
     is_unit = born & summed & ~frozen
@@ -123,12 +124,27 @@ def group_units(spread: Spread) -> Coupling:
         )
         for i, size in enumerate(sizes)
     )
+    axes = _unit_axes(spread, number)
     return Coupling(
         groups,
         _reports(spread, born, summed, frozen),
-        _unit_axes(spread, number),
+        axes,
         tuple(spread.macs),
+        tuple(p for state in states for p in _ports(state) if p.value in axes),
     )
+
+
+def _ports(state: State) -> Iterator[Port]:
+    for value in state.readers:
+        outside = [n.name or "" for n in value.consumers() if n in state.nodes]
+        yield Port(state.source.name or "", value.name or "", tuple(outside), writes=False)
+    users: dict[ir.Value, list[str]] = {}
+    for writer in state.writers:
+        names = users.setdefault(writer.value, [])
+        if isinstance(writer.user, ir.Node):
+            names.append(writer.user.name or "")
+    for value, names in users.items():
+        yield Port(state.target.name or "", value.name or "", tuple(names), writes=True)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 **The law.** Removing units is equivalent to multiplying, at the data input of every contraction,
 the positions of these units by zero (for RNNs also the columns of the recurrent weight, which read
-the cells one step later). :func:`mask` builds that model, :func:`remove` the small one.
+the cells one step later), and so where a state leaves the model. :func:`mask` builds that model,
+:func:`remove` the small one.
 
 Cutting first lets every node that touches a removed position mend its own attributes and shape
 constants (each gets private ones), then deletes the positions from the initializers, then updates
@@ -24,6 +25,7 @@ from onnxcompress.graph.cost import Shape
 from onnxcompress.graph.coupling import Coupling, Units
 from onnxcompress.graph.macs import MacsModel
 from onnxcompress.graph.naming import Namer
+from onnxcompress.graph.ports import mask_ports, open_ports
 from onnxcompress.graph.rules import Shrink, rule_of
 
 __all__ = ["MacsModel", "mask", "remaining_macs", "remove"]
@@ -73,6 +75,7 @@ def mask(model: ir.Model, coupling: Coupling, removed: Mapping[int, Units]) -> i
     namer = Namer(copy)
     for (name, data_input, axis), parts in places.items():
         _insert_mask(copy, nodes[name], data_input, axis, np.concatenate(parts), coupling, namer)
+    mask_ports(copy, coupling, _masks(coupling, removed))
     return copy
 
 
@@ -143,11 +146,13 @@ def remove(model: ir.Model, coupling: Coupling, removed: Mapping[int, Units]) ->
                 f"group {index} ('{group.name}') would lose all of its {group.size} units",
                 hint="At least one unit of every group has to stay.",
             )
-    masks = _masks(coupling, removed)
+    masks: Masks = _masks(coupling, removed)
     if not masks:
         return
+    nodes = list(model.graph.all_nodes())
+    masks = open_ports(model, coupling, masks)
     namer = Namer(model)
-    for node in list(model.graph.all_nodes()):
+    for node in nodes:
         rule = rule_of(node)
         if rule is None or rule.shrink is None:
             continue

@@ -43,7 +43,7 @@ UNITS: dict[str, dict[str, int]] = {
     "tied_weights": {"gather_0": 8},
     "lstm": {"lstm_0": 8, "lstm_1": 6},
     "gru_rnn": {"gru_0": 8, "rnn_0": 6},
-    "stateful_gru": {},
+    "stateful_gru": {"gru_0": 8},
     "if_model": {"matmul_0": 12, "matmul_1": 12, "matmul_3": 12},
     "loop_model": {},
     "half_precision": {"conv_0": 8, "conv_1": 8},
@@ -176,8 +176,9 @@ def test_unknown_unit_is_refused() -> None:
 # --- what stays, and why ---------------------------------------------------------------------
 
 
-def reasons(model: ir.Model) -> str:
-    return "\n".join(f"{f.node}: {f.reason}" for f in labels.analyse(prepared(model)).frozen)
+def reasons(model: ir.Model, *, states: bool = True) -> str:
+    coupling = labels.analyse(prepared(model), states=states)
+    return "\n".join(f"{f.node}: {f.reason}" for f in coupling.frozen)
 
 
 def test_unknown_operator_freezes_what_it_reads() -> None:
@@ -189,8 +190,8 @@ def test_outputs_of_the_model_stay() -> None:
     assert "is an output of the model" in reasons(fixture("two_outputs").build())
 
 
-def test_states_of_the_interface_stay() -> None:
-    assert "starts from a state" in reasons(fixture("stateful_gru").build())
+def test_states_of_the_interface_stay_by_option() -> None:
+    assert "starts from a state" in reasons(fixture("stateful_gru").build(), states=False)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,27 @@ def test_channels_read_inside_a_loop_stay() -> None:
     b.output(total, None)
     b.output(b.op("MatMul", b.op("Relu", outer), b.weight(6, 2)))
     assert "is read inside a Scan" in reasons(b.build())
+
+
+def test_a_weight_that_a_loop_reads_first_stays() -> None:
+    """The loop stands before the node that the weight's channels would be found at."""
+    b = ModelBuilder("shared_with_a_loop")
+    x = b.input("x", [4, 5])
+    weight = b.weight(5, 6)
+    body = ModelBuilder("shared_with_a_loop_body")
+    body.share_names(b)
+    step = body.input("step", [5])
+    body.output(body.op("ReduceSum", step, keepdims=0), [])
+    graph = body.proto().graph
+    graph.node.add(op_type="ReduceMax", input=[weight], output=["seen"], name="reader")
+    graph.output[0].name = "seen"
+    graph.output[0].type.tensor_type.ClearField("shape")
+    (total,) = b.ops("Scan", x, outputs=1, body=graph, num_scan_inputs=1)
+    b.output(total, None)
+    b.output(b.op("MatMul", b.op("Relu", b.op("MatMul", x, weight)), b.weight(6, 2)))
+    model = b.build()
+    assert sizes(model) == {}
+    assert "is read inside a Scan" in reasons(model)
 
 
 def test_a_group_never_loses_a_whole_branch() -> None:

@@ -135,7 +135,7 @@ def _split_sizes(s: Shrink, length: int) -> tuple[int, ...]:
 # --- picking positions ---------------------------------------------------------------------
 
 
-def _slice_arguments(node: ir.Node, rank: int) -> dict[int, tuple[int, int, int]] | None:
+def slice_arguments(node: ir.Node, rank: int) -> dict[int, tuple[int, int, int]] | None:
     """Axis to (start, end, step); None unless all of them are constant."""
     starts, ends = constant_ints(node, "starts", 1), constant_ints(node, "ends", 2)
     axes, steps = constant_ints(node, "axes", 3), constant_ints(node, "steps", 4)
@@ -155,7 +155,7 @@ def _slice_arguments(node: ir.Node, rank: int) -> dict[int, tuple[int, int, int]
     }
 
 
-def _slice_positions(length: int, bounds: tuple[int, int, int]) -> tuple[int, ...]:
+def slice_positions(length: int, bounds: tuple[int, int, int]) -> tuple[int, ...]:
     """The positions that a slice of an axis takes, as ONNX clamps its bounds."""
     start, end, step = bounds
     start, end = (v + length if v < 0 else v for v in (start, end))
@@ -177,7 +177,7 @@ def _slice(t: Trace) -> Outputs:
     if data is None:
         return [None]
     result = list(data)
-    arguments = _slice_arguments(t.node, len(data))
+    arguments = slice_arguments(t.node, len(data))
     if arguments is None:
         touched = _slice_axes(t, len(data))
         for axis in range(len(data)) if touched is None else touched:
@@ -187,7 +187,7 @@ def _slice(t: Trace) -> Outputs:
     for axis, bounds in arguments.items():
         labels = data[axis]
         if labels is not None:
-            result[axis] = labels[list(_slice_positions(len(labels), bounds))]
+            result[axis] = labels[list(slice_positions(len(labels), bounds))]
             t.drop(labels)
     return [tuple(result)]
 
@@ -195,7 +195,7 @@ def _slice(t: Trace) -> Outputs:
 def _shrink_slice(s: Shrink) -> None:
     """New bounds where the survivors are contiguous, else a Gather takes over the axis."""
     rank = s.rank(s.node.inputs[0])
-    arguments = _slice_arguments(s.node, rank)
+    arguments = slice_arguments(s.node, rank)
     if arguments is None:
         return
     gathered: dict[int, tuple[int, ...]] = {}
@@ -206,7 +206,7 @@ def _shrink_slice(s: Shrink) -> None:
             continue
         changed = True
         number = np.cumsum(kept) - 1
-        chosen = tuple(int(number[p]) for p in _slice_positions(len(kept), bounds) if kept[p])
+        chosen = tuple(int(number[p]) for p in slice_positions(len(kept), bounds) if kept[p])
         first = chosen[0] if chosen else 0
         if chosen == tuple(range(first, first + len(chosen))):
             arguments[axis] = (first, first + len(chosen), 1)

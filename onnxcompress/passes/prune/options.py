@@ -98,6 +98,11 @@ class PruneOptions(PassOptions):
     exclude: tuple[str, ...] = option(
         (), "Leave channels alone that a node or weight of one of these names makes (wildcards)."
     )
+    states: bool = option(
+        True,
+        "Prune cells of recurrent states that are inputs and outputs of the model too; its "
+        "interface stays, removed cells are written as zeros.",
+    )
     ridge: float = option(
         0.0,
         "Pull towards the original weights, relative to the mean variance of a layer's inputs; 0 "

@@ -28,6 +28,7 @@ from onnxcompress.passes.prune.budget import remaining
 from onnxcompress.passes.prune.consumers import Layers, UnsupportedError, consumer_of
 from onnxcompress.passes.prune.options import Importance, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, Refit, recover
+from onnxcompress.passes.prune.states import state_notes
 from onnxcompress.passes.prune.score import Ranking, rank_with_data, rank_without_data
 
 Indices = npt.NDArray[np.int64]
@@ -61,7 +62,7 @@ class PrunePass:
         """Say what could be removed, and what can not and why."""
         probe = model_io.clone(model)
         canonicalize(probe)
-        coupling = analyse(probe)
+        coupling = analyse(probe, states=self._options.states)
         work = _Work(probe, coupling, self._options, ctx)
         changes = tuple(
             Change(g.name, work.op_type(g.name), f"up to {most} of {g.size} {_noun(g)} may go")
@@ -87,7 +88,7 @@ class PrunePass:
         before = cost_of(model)
         canonicalize(model)
         added = _add_biases(model) if options.recover else ()
-        coupling = analyse(model)
+        coupling = analyse(model, states=options.states)
         work = _Work(model, coupling, options, ctx)
         rankings = work.rank()
         removed = work.choose(rankings)
@@ -101,6 +102,7 @@ class PrunePass:
         if not rankings:
             notes.append(_NOTHING)
         notes.extend(work.notes)
+        notes.extend(state_notes(coupling, removed))
         notes.extend(_row_notes(recovery.refits))
         return PassReport(
             changes=tuple(changes),

@@ -5,39 +5,34 @@
 
 PATH holds ``zoo.py``, which prepares models and data and evaluates results independently of this
 package. One row per model: the task metric before and after, the share of equal top classes, SQNR,
-size, and the speed as float time / integer time with one thread at batch 1 and 8: both models take
-turns, and the time is the processor time of the thread they run in, so that other programs on the
-machine disturb little (``wall``: the median ratio on the wall clock instead). ``--models-dir``
-keeps what ``zoo.py prepare`` writes between runs.
+size, and the speed as float time / integer time at batch 1 and 8 with one thread (processor time)
+and two (wall clock): both models take turns. ``--models-dir`` keeps what ``zoo.py prepare`` writes
+between runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from _judge import Judge, Row, speeds
+
 from onnxcompress import model_io
-from onnxcompress.calibration.sources import Dataset, open_dataset
+from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.context import PassContext
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.fold import FoldPass
 from onnxcompress.passes.quant import QuantOptions, QuantPass
-from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.simplify import SimplifyPass
-from onnxcompress.runtime import SessionSettings, compare_latency, open_session
 from onnxcompress.targets import target_by_name
-
-Row = dict[str, object]
 
 HEADER = (
     f"{'model':22s} {'metric':>9s} {'float':>8s} {'int8':>8s} {'agree':>6s} {'dB':>6s} "
-    f"{'size':>5s} {'b1':>5s} {'b8':>5s} {'wall1':>5s} {'wall8':>5s} {'nodes':>7s} "
+    f"{'size':>5s} {'b1':>5s} {'b8':>5s} {'b1 t2':>5s} {'b8 t2':>5s} {'nodes':>7s} "
     f"{'sec':>4s}  placement"
 )
 
@@ -56,13 +51,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
 
-    judge = [sys.executable, str(arguments.zoo / "zoo.py")]
-    listed = subprocess.run([*judge, "list"], check=True, capture_output=True, text=True).stdout
     names = [n for n in arguments.models.split(",") if n]
     rows: list[Row] = []
     print(HEADER)
     with tempfile.TemporaryDirectory() as scratch:
-        for name in names or [line.split()[0] for line in listed.splitlines()]:
+        judge = Judge(arguments.zoo, arguments.models_dir or Path(scratch))
+        for name in names or judge.names():
             row = measure(name, judge, arguments, Path(scratch))
             rows.append(row)
             print(line(row), flush=True)
@@ -70,18 +64,15 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(name: str, judge: list[str], arguments: argparse.Namespace, scratch: Path) -> Row:
+def measure(name: str, judge: Judge, arguments: argparse.Namespace, scratch: Path) -> Row:
     """Quantize one model as a user would and evaluate the result."""
-    folder: Path = arguments.models_dir or scratch
-    original = folder / f"{name}.onnx"
-    if not original.exists():
-        subprocess.run([*judge, "prepare", name, str(folder)], check=True, capture_output=True)
+    original = judge.prepare(name)
     row: Row = {"model": name}
     try:
         model = model_io.load(original)
         row["notes"] = list(model_io.normalize(model))
         data = open_dataset(
-            folder / f"{name}.calib.npz", input_specs(model), limit=arguments.samples
+            original.with_suffix(".calib.npz"), input_specs(model), limit=arguments.samples
         )
         context = PassContext(
             target=target_by_name(arguments.target), work_dir=scratch, calibration=data
@@ -98,30 +89,10 @@ def measure(name: str, judge: list[str], arguments: argparse.Namespace, scratch:
         result = (arguments.keep or scratch) / f"{name}.int8.onnx"
         result.parent.mkdir(parents=True, exist_ok=True)
         model_io.save(model, result)
-        row |= speeds(original, result, data, arguments.seconds)
+        row |= speeds(original, result, data, seconds=arguments.seconds)
     except OnnxCompressError as error:
         return row | {"error": str(error)}
-    judged = subprocess.run(
-        [*judge, "evaluate", name, str(result)], check=False, capture_output=True, text=True
-    )
-    return dict(json.loads(judged.stdout)) | row
-
-
-def speeds(original: Path, result: Path, data: Dataset, seconds: float) -> Row:
-    """Float time / integer time, one thread, at the natural batch and at 8 where it is dynamic."""
-    settings = SessionSettings(threads=1)
-    before, after = (open_session(path, settings) for path in (original, result))
-    found: Row = {}
-    for batch in (1, 8):
-        feeds = next(iter(data.batches(batch)))
-        if batch > 1 and {a.shape[:1] for a in feeds.values()} <= {(1,), ()}:
-            continue
-        times = run_times([before, after], feeds, seconds=seconds)
-        found[f"speed_b{batch}"] = round(times[0] / times[1], 2)
-        latency = compare_latency(before, after, feeds, max_seconds=seconds)
-        found[f"wall_b{batch}"] = round(latency.ratio, 2)
-        found[f"wall_b{batch}_spread"] = [round(latency.ratio_low, 2), round(latency.ratio_high, 2)]
-    return found
+    return judge.evaluate(name, result) | row
 
 
 def line(row: Row) -> str:
@@ -138,8 +109,9 @@ def line(row: Row) -> str:
     return (
         f"{row['model']:22s} {row.get('metric', ''):>9s} {number('reference_value', '8.4')} "
         f"{number('value', '8.4')} {number('agreement', '6.4')} {number('sqnr_db', '6.1')} "
-        f"{number('size_ratio', '5.2')} {number('speed_b1', '5.2')} {number('speed_b8', '5.2')} "
-        f"{number('wall_b1', '5.2')} {number('wall_b8', '5.2')} {nodes:>7s} "
+        f"{number('size_ratio', '5.2')} {number('speed_b1_t1', '5.2')} "
+        f"{number('speed_b8_t1', '5.2')} {number('speed_b1_t2', '5.2')} "
+        f"{number('speed_b8_t2', '5.2')} {nodes:>7s} "
         f"{number('seconds', '4.0')}  {row.get('placement', '')}"
     )
 

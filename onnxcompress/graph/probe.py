@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxcompress.graph.constants import constant_tensor
+from onnxcompress.graph.foreign import output_shapes, standard_form
 
 Array = npt.NDArray[np.generic]
 Dims = tuple[int | None, ...]
@@ -225,8 +226,25 @@ class _Evaluation:
             self.shapes[node.outputs[0]] = self.shapes[node.inputs[0]]
         for output in node.outputs:
             self._settle(output, None if types is None else types.get(output.name or ""))
+        if types is None:
+            self._foreign(node)
         if proto is not None:
             self._compute(node, proto)
+
+    def _foreign(self, node: ir.Node) -> None:
+        """An operator that onnx does not know: its shapes, and the type of its first input."""
+        dims = [None if v is None else self.shapes.get(v) for v in node.inputs]
+        for output, shape in zip(node.outputs, output_shapes(node, dims) or (), strict=False):
+            if shape is None:
+                continue
+            known = self.shapes.get(output, (None,) * len(shape))
+            if len(known) == len(shape):
+                both = zip(known, shape, strict=True)
+                self.shapes[output] = tuple(a if b is None else b for a, b in both)
+            first = node.inputs[0]
+            kind = None if first is None else self._type(first)
+            if output.dtype is None and kind is not None:
+                self._types[output] = _tensor_type(kind.tensor_type.elem_type, shape)
 
     def _join(self, node: ir.Node) -> None:
         """An If: a length that both branches agree on is known."""
@@ -241,10 +259,12 @@ class _Evaluation:
             )
 
     def _infer(self, node: ir.Node, proto: onnx.NodeProto) -> dict[str, onnx.TypeProto] | None:
-        version = self._versions.get(node.domain)
-        if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+        plain = standard_form(proto)
+        domain, op_type = (node.domain, node.op_type) if plain is None else ("", plain.op_type)
+        version = self._versions.get(domain)
+        if version is None or not onnx.defs.has(op_type, version, domain):
             return None
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        schema = onnx.defs.get_schema(op_type, version, domain)
         types: dict[str, onnx.TypeProto] = {}
         data: dict[str, onnx.TensorProto] = {}
         for value in node.inputs:
@@ -259,7 +279,7 @@ class _Evaluation:
         try:
             return dict(
                 onnx.shape_inference.infer_node_outputs(
-                    schema, proto, types, data, None, self._opsets, self.model.ir_version
+                    schema, plain or proto, types, data, None, self._opsets, self.model.ir_version
                 )
             )
         except _INFERENCE_ERRORS:

@@ -11,7 +11,7 @@ from onnxcompress.graph.constants import constant_tensor
 from onnxcompress.graph.coupling import MacsTerm
 from onnxcompress.graph.grouping import Freeze, Site, Spread
 from onnxcompress.graph.probe import Shapes
-from onnxcompress.graph.rules import FROZEN, rule_of
+from onnxcompress.graph.rules import frozen_reason, rule_of
 from onnxcompress.graph.rules.base import Axes
 from onnxcompress.graph.states import State, Writer, matches
 from onnxcompress.graph.trace import NodeTrace
@@ -176,7 +176,7 @@ class Walk:
         view = NodeTrace(self, node)
         outputs: Sequence[Axes | None] = () if rule is None else rule.trace(view)
         self._settle(node, outputs)
-        view.account(self._reason(node) if rule is None else None)
+        view.account(frozen_reason(node) if rule is None else None)
         if rule is None:
             self._freeze_captured(node)
 
@@ -188,12 +188,6 @@ class Walk:
             else:
                 shape = self.shapes.of(output)
                 self.axes[output] = None if shape is None else (None,) * len(shape)
-
-    @staticmethod
-    def _reason(node: ir.Node) -> str:
-        if node.domain in {"", "ai.onnx"} and node.op_type in FROZEN:
-            return f"meets {node.op_type}, which {FROZEN[node.op_type]}"
-        return f"meets {node.domain or 'ai.onnx'}::{node.op_type}, an operator without a rule"
 
     def _settle(self, node: ir.Node, outputs: Sequence[Axes | None]) -> None:
         """Take the labels of a node's outputs as far as they agree with the inferred shapes."""
@@ -279,5 +273,6 @@ def _feeds_quantization(value: ir.Value) -> bool:
     """Integer weights and zero points carry channels; other integers number something."""
     users = value.consumers()
     return bool(users) and all(
-        n.op_type in {"DequantizeLinear", "QuantizeLinear"} and n.domain == "" for n in users
+        n.op_type in {"DequantizeLinear", "QuantizeLinear"} and n.domain in {"", "com.microsoft"}
+        for n in users
     )

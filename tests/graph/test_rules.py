@@ -12,7 +12,7 @@ from onnx.backend.test.case.test_case import TestCase
 
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import labels
-from onnxcompress.graph.rules import FROZEN, RULES
+from onnxcompress.graph.rules import ADDED, CONTRIB, FROZEN, FROZEN_ELSEWHERE, RULES
 from tests.graph import law
 from tests.graph.operators import as_network, operator_cases
 
@@ -20,13 +20,33 @@ WALKED = {"If"}
 FEEDS = {"zero": np.array(0.25, np.float32)}
 
 
+_SCHEMAS = onnx.defs.get_all_schemas_with_history()
+
+
 def default_operators() -> set[str]:
-    return {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == ""}
+    return {s.name for s in _SCHEMAS if s.domain == ""}
 
 
 def test_every_operator_of_the_default_domain_is_decided_on() -> None:
     undecided = default_operators() - RULES.keys() - FROZEN.keys() - WALKED
     assert not undecided
+
+
+@pytest.mark.parametrize("domain", sorted({s.domain for s in _SCHEMAS} - {""}))
+def test_every_operator_of_other_domains_of_onnx_is_decided_on(domain: str) -> None:
+    operators = {s.name for s in _SCHEMAS if s.domain == domain}
+    assert operators == FROZEN_ELSEWHERE[domain].keys()
+
+
+def test_operators_of_onnxruntime_exist_and_are_decided_on_once() -> None:
+    """Nobody lists all of its operators, but a wrong name would be a rule that is never met."""
+    get = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+    schemas = get.get_all_operator_schema()
+    own = {s.name for s in schemas if s.domain == "com.microsoft"}
+    assert not (CONTRIB.keys() | FROZEN_ELSEWHERE["com.microsoft"].keys()) - own
+    assert not CONTRIB.keys() & FROZEN_ELSEWHERE["com.microsoft"].keys()
+    assert not ADDED.keys() & default_operators()
+    assert not ADDED.keys() - {s.name for s in schemas if s.domain == ""}
 
 
 def test_no_operator_is_decided_on_twice() -> None:
@@ -38,7 +58,10 @@ def test_no_rule_is_for_an_operator_that_does_not_exist() -> None:
     assert not (RULES.keys() | FROZEN.keys()) - default_operators()
 
 
-@pytest.mark.parametrize("reason", sorted(set(FROZEN.values())))
+@pytest.mark.parametrize(
+    "reason",
+    sorted({r for table in (FROZEN, *FROZEN_ELSEWHERE.values()) for r in table.values()}),
+)
 def test_reasons_read_as_clauses(reason: str) -> None:
     """They follow "meets X, which"."""
     assert reason[0].islower()

@@ -1,8 +1,10 @@
 """One rule per operator: which positions of its tensors are the same channel.
 
 Every operator of the default domain is in :data:`RULES` or, with the reason, in
-:data:`~onnxcompress.graph.rules.frozen.FROZEN`; ``If`` is walked into by the engine. Anything else
-is unknown, and unknown means frozen.
+:data:`~onnxcompress.graph.rules.frozen.FROZEN`; ``If`` is walked into by the engine. Those of
+onnxruntime that files commonly hold are in :data:`CONTRIB` or in
+:data:`~onnxcompress.graph.rules.frozen.FROZEN_ELSEWHERE`. Anything else is unknown, and unknown
+means frozen.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from onnxcompress.graph.rules import (
+    attention,
     contraction,
     elementwise,
+    fused,
     movement,
     normalization,
     quantized,
@@ -23,9 +27,12 @@ from onnxcompress.graph.rules import (
     sizes,
 )
 from onnxcompress.graph.rules.base import Rule, Shrink, Trace
-from onnxcompress.graph.rules.frozen import FROZEN
+from onnxcompress.graph.rules.frozen import FROZEN, FROZEN_ELSEWHERE
 
-__all__ = ["FROZEN", "RULES", "Rule", "Shrink", "Trace", "rule_of"]
+__all__ = [
+    "ADDED", "CONTRIB", "FROZEN", "FROZEN_ELSEWHERE", "RULES", "Rule", "Shrink", "Trace",
+    "frozen_reason", "rule_of",
+]  # fmt: skip
 
 RULES: Mapping[str, Rule] = {
     # Every position alike, with broadcasting.
@@ -33,7 +40,7 @@ RULES: Mapping[str, Rule] = {
         (
             "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal",
             "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul",
-            "Or", "Pow", "Sub", "Sum", "Where", "Xor",
+            "Or", "Pow", "Sub", "Sum", "SwiGLU", "Where", "Xor",
         ),
         elementwise.ELEMENTWISE,
     ),
@@ -51,8 +58,10 @@ RULES: Mapping[str, Rule] = {
     ),
     "PRelu": elementwise.PRELU,
     # Contractions.
+    "CausalConvWithState": fused.CAUSAL_CONV,
     "Conv": contraction.CONV,
     "ConvTranspose": contraction.CONV_TRANSPOSE,
+    "DeformConv": fused.DEFORMED_CONV,
     "Einsum": contraction.EINSUM,
     "Gemm": contraction.GEMM,
     "MatMul": contraction.MATMUL,
@@ -103,6 +112,10 @@ RULES: Mapping[str, Rule] = {
     "Softmax": normalization.OVER_AXIS,
     "TopK": normalization.OVER_AXIS,
     "Trilu": normalization.MATRIX_TAIL,
+    # Attention and caches.
+    "Attention": attention.ATTENTION,
+    "RotaryEmbedding": attention.ROTARY,
+    "TensorScatter": fused.TENSOR_SCATTER,
     # Reductions.
     **dict.fromkeys(
         ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSum", "ReduceSumSquare"),
@@ -120,19 +133,47 @@ RULES: Mapping[str, Rule] = {
     "RNN": recurrent.RNN,
 }  # fmt: skip
 
-# Operators of onnxruntime's own domain that treat every position alike.
-_CONTRIB: Mapping[str, Rule] = {
+# Operators that onnxruntime adds to the default domain.
+ADDED: Mapping[str, Rule] = {"SimplifiedLayerNormalization": normalization.TRAILING_NORM}
+
+# Operators of onnxruntime's own domain.
+CONTRIB: Mapping[str, Rule] = {
+    "Attention": attention.PROJECTED,
+    "BiasAdd": elementwise.ELEMENTWISE,
     "BiasGelu": elementwise.ELEMENTWISE,
+    "DequantizeLinear": quantized.LINEAR,
     "FastGelu": elementwise.ELEMENTWISE,
+    "FusedConv": fused.FUSED_CONV,
+    "FusedGemm": contraction.GEMM,
+    "FusedMatMul": fused.FUSED_MATMUL,
     "Gelu": elementwise.FIRST_INPUT,
+    "GridSample": normalization.SAMPLED,
+    "GroupNorm": normalization.GROUP_NORM_LAST,
+    "GroupQueryAttention": attention.GROUPED_QUERY,
+    "MultiHeadAttention": attention.MULTI_HEAD,
+    "QuantizeLinear": quantized.LINEAR,
     "QuickGelu": elementwise.FIRST_INPUT,
+    "RotaryEmbedding": attention.ROTARY,
+    "SkipLayerNormalization": normalization.SKIP_NORM,
+    "SkipSimplifiedLayerNormalization": normalization.SKIP_NORM,
+    "TransposeMatMul": fused.FUSED_MATMUL,
+    "Trilu": normalization.MATRIX_TAIL,
 }
 
 
 def rule_of(node: ir.Node) -> Rule | None:
     """The rule of a node; None if its channels have to stay."""
     if node.domain in {"", "ai.onnx"}:
-        return RULES.get(node.op_type)
+        return RULES.get(node.op_type) or ADDED.get(node.op_type)
     if node.domain == "com.microsoft":
-        return _CONTRIB.get(node.op_type)
+        return CONTRIB.get(node.op_type)
     return None
+
+
+def frozen_reason(node: ir.Node) -> str:
+    """Why the channels of a node without a rule have to stay."""
+    listed = FROZEN if node.domain in {"", "ai.onnx"} else FROZEN_ELSEWHERE.get(node.domain, {})
+    reason = listed.get(node.op_type)
+    if reason is None:
+        return f"meets {node.domain or 'ai.onnx'}::{node.op_type}, an operator without a rule"
+    return f"meets {node.op_type}, which {reason}"

@@ -31,15 +31,16 @@ def _conv(t: Trace) -> Outputs:
     go by place (the i-th of every group together). Where a group has a single input or output
     channel they go by whole groups instead: the depthwise convolution.
     """
-    return _any_conv(t, transposed=False)
+    return any_conv(t, transposed=False)
 
 
 def _conv_transpose(t: Trace) -> Outputs:
     """As :func:`_conv` with the weight as ``[C, O / group, kernel]``."""
-    return _any_conv(t, transposed=True)
+    return any_conv(t, transposed=True)
 
 
-def _any_conv(t: Trace, *, transposed: bool) -> Outputs:
+def any_conv(t: Trace, *, transposed: bool, bias: int = 2) -> Outputs:
+    """A convolution of input 0 with input 1; ``bias`` is the index of the bias."""
     weight, weight_shape = t.axes(1), t.shape(1)
     if weight is None or weight_shape is None or len(weight) < 3:
         return [None]
@@ -65,9 +66,9 @@ def _any_conv(t: Trace, *, transposed: bool) -> Outputs:
     else:
         channels = _by_place(t, data[1], weight, groups, transposed=transposed)
         t.contract(0, 1, 1, in_axis)
-    if input_value(t.node, 2) is not None:
-        bias = t.axes(2)
-        channels = t.tie(channels, bias[0] if bias else None)
+    if input_value(t.node, bias) is not None:
+        shift = t.axes(bias)
+        channels = t.tie(channels, shift[0] if shift else None)
     t.produce(0, 1, 1, 0 if groups > 1 and (ins == 1 or outs == 1) else out_axis)
     free = t.node.inputs[0] if transposed else t.node.outputs[0]
     t.macs([*((free, i) for i in range(rank)), *((t.node.inputs[1], i) for i in range(1, rank))])
@@ -111,7 +112,7 @@ def _by_place(
     return spanning
 
 
-def _shrink_conv(s: Shrink) -> None:
+def shrink_conv(s: Shrink) -> None:
     """Group = input channels / weight's input channels per group, whichever of them shrank."""
     _shrink_group(s, s.node.inputs[0], 1)
 
@@ -160,20 +161,29 @@ def _gemm(t: Trace) -> Outputs:
 
 def _matmul(t: Trace) -> Outputs:
     """Y[..., m, n] = sum over k of A[..., m, k] B[..., k, n]; batch axes broadcast."""
+    return matrix_product(t, False, False)
+
+
+def matrix_product(t: Trace, left: bool, right: bool) -> Outputs:
+    """As :func:`_matmul`, with the last two axes of an operand swapped where its flag is set."""
     a, b = t.axes(0), t.axes(1)
     if a is None or b is None or not a or not b:
         return [None]
-    a_sum, b_sum = len(a) - 1, max(len(b) - 2, 0)
+    # A vector has no second axis to swap.
+    left, right = left and len(a) > 1, right and len(b) > 1
+    a_sum = len(a) - (2 if left else 1)
+    b_sum = len(b) - 1 if right else max(len(b) - 2, 0)
+    a_free, b_free = len(a) - (1 if left else 2), len(b) - (2 if right else 1)
     t.tie(a[a_sum], b[b_sum])
     batch = _batch(t, a[:-2], b[:-2])
-    rows = (a[-2],) if len(a) > 1 else ()
-    columns = (b[-1],) if len(b) > 1 else ()
+    rows = (a[a_free],) if len(a) > 1 else ()
+    columns = (b[b_free],) if len(b) > 1 else ()
     y = t.node.outputs[0]
     rank = len(batch) + len(rows) + len(columns)
     _record(
         t,
-        (0, a_sum, len(a) - 2 if rows else None, len(batch)),
-        (1, b_sum, len(b) - 1 if columns else None, rank - 1),
+        (0, a_sum, a_free if rows else None, len(batch)),
+        (1, b_sum, b_free if columns else None, rank - 1),
     )
     t.macs([*((y, i) for i in range(rank)), (t.node.inputs[0], a_sum)])
     return [(*batch, *rows, *columns)]
@@ -276,7 +286,7 @@ def _einsum_sum(t: Trace, terms: list[str], letter: str, weight: int | None) -> 
         t.contract(data, terms[data].index(letter))
 
 
-CONV = Rule(_conv, _shrink_conv)
+CONV = Rule(_conv, shrink_conv)
 CONV_TRANSPOSE = Rule(_conv_transpose, _shrink_conv_transpose)
 GEMM = Rule(_gemm)
 MATMUL = Rule(_matmul)

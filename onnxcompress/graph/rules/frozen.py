@@ -13,15 +13,19 @@ _WINDOW = "transforms a signal, in which every sample counts"
 _PLACED = "reads or writes at computed places"
 _LOOP = "runs a body whose tensors keep their shapes from step to step"
 _FUSED = "fuses several axes in one operator that has no rule yet"
+_EMBEDDED = "adds embeddings and normalizes over them"
+_PACKED = "holds its weight in a packed form: prune before quantizing"
+_LAYOUT = "was written by an optimizer for one machine: prune the model it was made from"
+_SEARCH = "runs a whole search for words"
+_ML = "belongs to classical machine learning, whose parameters are no channels"
+_TRAINING = "belongs to training"
 _LOSS = "is a training loss over all classes"
 
 FROZEN: Mapping[str, str] = {
     "AffineGrid": _GENERATED,
-    "Attention": _FUSED,
     "Bernoulli": "draws random numbers, whose sequence depends on the shape",
     "BitCast": "may change the number of elements of the last axis",
     "BlackmanWindow": _GENERATED,
-    "CausalConvWithState": _FUSED,
     "CenterCropPad": _PLACED,
     "Col2Im": "merges channels with kernel positions",
     "Compress": _DATA_SIZED,
@@ -29,7 +33,6 @@ FROZEN: Mapping[str, str] = {
     "Constant": _GENERATED,
     "ConvInteger": _QUANTIZED,
     "DFT": _WINDOW,
-    "DeformConv": _FUSED,
     "Det": "is a determinant, which every entry of the matrix changes",
     "DynamicQuantizeLinear": "takes its scale from the largest value of all channels",
     "EyeLike": _GENERATED,
@@ -59,7 +62,6 @@ FROZEN: Mapping[str, str] = {
     "RandomUniformLike": "draws random numbers, whose sequence depends on the shape",
     "Range": _GENERATED,
     "RegexFullMatch": _TEXT,
-    "RotaryEmbedding": _FUSED,
     "STFT": _WINDOW,
     "Scan": _LOOP,
     "Scatter": _PLACED,
@@ -78,8 +80,92 @@ FROZEN: Mapping[str, str] = {
     "StringConcat": _TEXT,
     "StringNormalizer": _TEXT,
     "StringSplit": _TEXT,
-    "SwiGLU": _FUSED,
-    "TensorScatter": _PLACED,
     "TfIdfVectorizer": _TEXT,
     "Unique": _DATA_SIZED,
+}
+
+# Domain to operator to reason.
+FROZEN_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "ai.onnx.ml": dict.fromkeys(
+        (
+            "ArrayFeatureExtractor",
+            "Binarizer",
+            "CastMap",
+            "CategoryMapper",
+            "DictVectorizer",
+            "FeatureVectorizer",
+            "Imputer",
+            "LabelEncoder",
+            "LinearClassifier",
+            "LinearRegressor",
+            "Normalizer",
+            "OneHotEncoder",
+            "SVMClassifier",
+            "SVMRegressor",
+            "Scaler",
+            "TreeEnsemble",
+            "TreeEnsembleClassifier",
+            "TreeEnsembleRegressor",
+            "ZipMap",
+        ),
+        _ML,
+    ),
+    "ai.onnx.preview": {"FlexAttention": _FUSED},
+    "ai.onnx.preview.training": dict.fromkeys(
+        ("Adagrad", "Adam", "Gradient", "Momentum"), _TRAINING
+    ),
+    "com.microsoft": {
+        **dict.fromkeys(
+            (
+                "ConvTransposeWithDynamicPads",
+                "DynamicQuantizeLSTM",
+                "DynamicQuantizeMatMul",
+                "MatMulInteger16",
+                "MatMulIntegerToFloat",
+                "MulInteger",
+                "QAttention",
+                "QEmbedLayerNormalization",
+                "QGemm",
+                "QLinearAdd",
+                "QLinearAveragePool",
+                "QLinearConcat",
+                "QLinearConv",
+                "QLinearGlobalAveragePool",
+                "QLinearLeakyRelu",
+                "QLinearMul",
+                "QLinearReduceMean",
+                "QLinearSigmoid",
+                "QLinearSoftmax",
+                "QLinearWhere",
+                "ReduceSumInteger",
+            ),
+            _QUANTIZED,
+        ),
+        **dict.fromkeys(
+            ("GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4", "MatMulNBits", "QMoE"), _PACKED
+        ),
+        **dict.fromkeys(
+            (
+                "DecoderAttention",
+                "DecoderMaskedMultiHeadAttention",
+                "DecoderMaskedSelfAttention",
+                "GatedRelativePositionBias",
+                "LinearAttention",
+                "LongformerAttention",
+                "MoE",
+                "PackedAttention",
+                "PackedMultiHeadAttention",
+                "PagedAttention",
+                "RelativePositionBias",
+                "SparseAttention",
+            ),
+            _FUSED,
+        ),
+        **dict.fromkeys(("NhwcConv", "NhwcFusedConv", "NhwcMaxPool"), _LAYOUT),
+        **dict.fromkeys(("BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch"), _SEARCH),
+        "BiasSoftmax": "mixes all channels of its axis",
+        "BiasSplitGelu": "reads two halves of one axis",
+        "EmbedLayerNormalization": _EMBEDDED,
+        "SkipGroupNorm": _FUSED,
+    },
 }

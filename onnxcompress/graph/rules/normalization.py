@@ -18,6 +18,7 @@ from onnxcompress.graph.rules.base import (
     input_value,
     normal,
 )
+from onnxcompress.graph.rules.elementwise import broadcast
 from onnxcompress.graph.unions import Labels
 
 
@@ -88,6 +89,45 @@ def _shrink_group_norm(s: Shrink) -> None:
         return
     groups = attribute_int(s.node, "num_groups", 1)
     s.set_int("num_groups", int(kept.sum()) * groups // len(kept))
+
+
+def _group_norm_last(t: Trace) -> Outputs:
+    """com.microsoft GroupNorm: channels last by default, and an activation behind it."""
+    data, shape = t.axes(0), t.shape(0)
+    last = bool(attribute_int(t.node, "channels_last", 1))
+    groups = attribute_int(t.node, "groups", 1)
+    if data is None or shape is None or len(data) != 4:
+        return [None]
+    along = 3 if last else 1
+    labels = data[along]
+    others = [axis for axis in range(1, 4) if axis != along]
+    if labels is not None:
+        rows = labels.reshape(groups, -1)
+        t.tie(rows, rows[:, :1])
+        t.drop(labels)
+        labels = _per_channel(t, np.repeat(rows[:, 0], rows.shape[1]), (1, 2))
+    result = list(_without(t, data, others, _MEAN))
+    result[along] = labels
+    return [tuple(result)]
+
+
+def _shrink_group_norm_last(s: Shrink) -> None:
+    kept = s.input_kept(0, 3 if attribute_int(s.node, "channels_last", 1) else 1)
+    if kept is not None:
+        groups = attribute_int(s.node, "groups", 1)
+        s.set_int("groups", int(kept.sum()) * groups // len(kept))
+
+
+def _skip_norm(t: Trace) -> Outputs:
+    """com.microsoft SkipLayerNormalization: a sum, then a normalization over its last axis."""
+    data = broadcast(t, (0, 1))
+    if data is None or not data:
+        return [None] * len(t.node.outputs)
+    for index in range(2, len(t.node.inputs)):
+        for labels in t.axes(index) or ():
+            t.freeze(labels, _MEAN)
+    y = _without(t, data, (len(data) - 1,), _MEAN)
+    return [y, None, None, y][: len(t.node.outputs)]
 
 
 def _trailing_norm(t: Trace) -> Outputs:
@@ -188,6 +228,8 @@ def _sampled(t: Trace) -> Outputs:
 
 BATCH_NORM = Rule(_batch_norm)
 INSTANCE_NORM = Rule(_instance_norm)
+GROUP_NORM_LAST = Rule(_group_norm_last, _shrink_group_norm_last)
+SKIP_NORM = Rule(_skip_norm)
 GROUP_NORM = Rule(_group_norm, _shrink_group_norm)
 TRAILING_NORM = Rule(_trailing_norm)
 MEAN_VARIANCE = Rule(_mean_variance)

@@ -173,6 +173,10 @@ def relocate_external(
     Returns:
         The message and the folder its external references start from (None when it has none).
     """
+    if work_dir is None and not any(
+        isinstance(v.const_value, ir.ExternalTensor) for v in initializers(model)
+    ):
+        return to_proto(model), None
     copy = model.clone()
     if work_dir is not None:
         write_tensors_in_memory(copy, work_dir)

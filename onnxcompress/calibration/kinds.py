@@ -13,6 +13,7 @@ from onnxcompress.calibration.dataset import Dataset
 from onnxcompress.calibration.statistics import (
     AxisUnfold,
     CrossMomentsRequest,
+    HistogramRequest,
     MomentsRequest,
     Request,
 )
@@ -58,7 +59,9 @@ def tensors_of(request: Request) -> tuple[str, ...]:
 
 
 def wants_lengths(request: Request, kind: TensorKind) -> bool:
-    """Whether knowing the lengths of the tensor would save nodes, and some are unknown."""
+    """Whether knowing the lengths of the tensor would save work, and some are unknown."""
+    if isinstance(request, HistogramRequest):
+        return request.max_elements is not None and None in (kind.sample or ())
     if not isinstance(request, MomentsRequest | CrossMomentsRequest) or kind.sample is None:
         return False
     if isinstance(request.unfold, AxisUnfold):

@@ -25,6 +25,8 @@ from typing import ClassVar, Literal, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
+from onnxcompress.numerics.histogram import Histogram
+
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 REFERENCE_PREFIX = "reference/"
@@ -39,6 +41,7 @@ class Statistic(enum.Enum):
     CLIP_ERROR = "clip_error"
     MEAN = "mean"
     MOMENTS = "moments"
+    HISTOGRAM = "histogram"
     CROSS_MOMENTS = "cross_moments"
 
 
@@ -172,6 +175,29 @@ class MomentsRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class HistogramRequest:
+    """How often which values occur, in bins of equal width that hold 0 as an edge.
+
+    Attributes:
+        value: Tensor name.
+        bins: Number of bins, a multiple of 4.
+        max_elements: About how many elements to count over all samples, evenly spaced in each
+            batch; all when None or where the lengths of the tensor are unknown.
+    """
+
+    statistic: ClassVar[Statistic] = Statistic.HISTOGRAM
+    value: str
+    bins: int = 8192
+    max_elements: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bins < 4 or self.bins % 4:
+            raise ValueError(f"bins of '{self.value}' must be a multiple of 4, not {self.bins}")
+        if self.max_elements is not None and self.max_elements < 1:
+            raise ValueError(f"max_elements of '{self.value}' must be positive")
+
+
+@dataclass(frozen=True, slots=True)
 class CrossMomentsRequest:
     """Moments of rows ``x`` and their covariance with targets ``y = sum_i sign_i * target_i``.
 
@@ -265,6 +291,18 @@ class MomentsResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class HistogramResult:
+    """The histogram of the elements counted; see :mod:`onnxcompress.numerics.histogram`.
+
+    ``minimum`` and ``maximum`` are those of all elements, counted or not.
+    """
+
+    histogram: Histogram
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CrossMomentsResult:
     """Moments of ``x`` and ``cross[g] = E[(x - mean_x)(y - mean_y)ᵀ]``.
 
@@ -290,9 +328,16 @@ Request: TypeAlias = (
     | MeanRequest
     | MomentsRequest
     | CrossMomentsRequest
+    | HistogramRequest
 )
 Result: TypeAlias = (
-    RangeResult | TailResult | ClipErrorResult | MeanResult | MomentsResult | CrossMomentsResult
+    RangeResult
+    | TailResult
+    | ClipErrorResult
+    | MeanResult
+    | MomentsResult
+    | CrossMomentsResult
+    | HistogramResult
 )
 
 
@@ -320,6 +365,8 @@ class Statistics(Mapping[Request, Result]):
     def __getitem__(self, key: MomentsRequest) -> MomentsResult: ...
     @overload
     def __getitem__(self, key: CrossMomentsRequest) -> CrossMomentsResult: ...
+    @overload
+    def __getitem__(self, key: HistogramRequest) -> HistogramResult: ...
     @overload
     def __getitem__(self, key: Request) -> Result: ...
     def __getitem__(self, key: Request) -> Result:

@@ -13,19 +13,21 @@ from onnxcompress.calibration.accumulate import (
     CrossSums,
     ErrorSums,
     MeanSums,
-    RangeSums,
     TailSums,
 )
 from onnxcompress.calibration.arrays import Array
 from onnxcompress.calibration.emit import Emitter
 from onnxcompress.calibration.feeds import ShapesDifferError
 from onnxcompress.calibration.geometry import shift_columns, weight_order
+from onnxcompress.calibration.histogram_tap import HistogramTap
+from onnxcompress.calibration.range_tap import RangeTap, check_axis, size_of, total_of
 from onnxcompress.calibration.statistics import (
     ClipErrorRequest,
     ConvUnfold,
     CrossMomentsRequest,
     CrossMomentsResult,
     FloatArray,
+    HistogramRequest,
     MeanRequest,
     MomentsRequest,
     MomentsResult,
@@ -97,76 +99,16 @@ def make_tap(request: Request, site: Site) -> Tap:
         ModelError: If the tensor or the operator set does not allow the statistic.
     """
     if isinstance(request, RangeRequest):
-        return _RangeTap(request, site)
+        return RangeTap(request, site)
     if isinstance(request, TailRequest):
         return _TailTap(request, site)
     if isinstance(request, ClipErrorRequest):
         return _ClipErrorTap(request, site)
     if isinstance(request, MeanRequest):
         return _MeanTap(request, site)
+    if isinstance(request, HistogramRequest):
+        return HistogramTap(request, site)
     return _MomentsTap(request, site)
-
-
-def _rows_of_elements(e: Emitter, x: ir.Value, rank: int) -> ir.Value:
-    """View all elements as a matrix whose rows onnxruntime reduces in parallel."""
-    if rank == 0:
-        return e.reshape(x, 1, 1)
-    return e.op("Flatten", x, axis=min(rank - 1, 2))
-
-
-def _total(e: Emitter, x: ir.Value, rank: int) -> ir.Value:
-    """The sum of all elements as float64; NaN if and only if an element is (or inf - inf)."""
-    parts = e.reduce("ReduceSum", _rows_of_elements(e, x, rank), [1])
-    return e.reduce("ReduceSum", e.cast(parts, ir.DataType.DOUBLE), None)
-
-
-class _RangeTap:
-    """Least and greatest element.
-
-    onnxruntime's ReduceMin and ReduceMax pass over NaN, so a sum watches for it. The sum may
-    overflow where the extremes do not; only NaN counts.
-    """
-
-    def __init__(self, request: RangeRequest, site: Site) -> None:
-        self.request = request
-        e, rank = site.emitter, site.rank(request.value)
-        x = site.countable(request.value)
-        self._shape = site.output(e.op("Shape", x))
-        axes: list[int] | None = None
-        if request.axis is not None:
-            _check_axis(request.value, request.axis, rank)
-            axes = [i for i in range(rank) if i != request.axis % rank]
-        floating = x.dtype in {ir.DataType.FLOAT, ir.DataType.DOUBLE}
-        self._watch = site.output(_total(e, x, rank)) if floating else None
-        if axes is None and floating:
-            rows = _rows_of_elements(e, x, rank)
-            low = e.reduce("ReduceMin", e.reduce("ReduceMin", rows, [1]), None)
-            high = e.reduce("ReduceMax", e.reduce("ReduceMax", rows, [1]), None)
-        elif axes == []:
-            low = high = x
-        else:
-            low, high = (e.reduce(op, x, axes) for op in ("ReduceMin", "ReduceMax"))
-        self._low, self._high = site.output(low), site.output(high)
-        self._sums = RangeSums()
-
-    def update(self, outputs: Outputs, count: int) -> str | None:
-        del count
-        shape = outputs[self._shape]
-        count = _size(shape)
-        if self.request.axis is not None:
-            count //= int(shape[self.request.axis])
-        low, high = outputs[self._low], outputs[self._high]
-        if self._watch is not None and (
-            np.isnan(outputs[self._watch].astype(np.float64))
-            or not np.isfinite(low.astype(np.float64)).all()
-            or not np.isfinite(high.astype(np.float64)).all()
-        ):
-            return self.request.value
-        self._sums.update(low, high, count)
-        return None
-
-    def finish(self) -> Result | None:
-        return self._sums.finish()
 
 
 class _TailTap:
@@ -183,7 +125,7 @@ class _TailTap:
         e, rank = site.emitter, site.rank(request.value)
         e.need(10, "exact quantiles")
         x = site.floating(request.value)
-        self._watch = site.output(_total(e, x, rank))
+        self._watch = site.output(total_of(e, x, rank))
         flat = e.reshape(x, -1)
         size = e.op("Shape", flat)
         double = ir.DataType.DOUBLE
@@ -252,7 +194,7 @@ class _ClipErrorTap:
         squares = np.array([float(outputs[name]) for name in self._parts])
         if not np.isfinite(squares).all():
             return self.request.value
-        self._sums.update(squares, _size(outputs[self._size]))
+        self._sums.update(squares, size_of(outputs[self._size]))
         return None
 
     def finish(self) -> Result | None:
@@ -265,7 +207,7 @@ class _MeanTap:
     def __init__(self, request: MeanRequest, site: Site) -> None:
         self.request = request
         e, rank = site.emitter, site.rank(request.value)
-        _check_axis(request.value, request.axis, rank)
+        check_axis(request.value, request.axis, rank)
         x = site.floating(request.value)
         self._shape = site.output(e.op("Shape", x))
         axes = [i for i in range(rank) if i != request.axis % rank]
@@ -281,7 +223,7 @@ class _MeanTap:
         mean, squares, shape = (outputs[n] for n in (self._mean, self._squares, self._shape))
         if not np.isfinite(mean).all() or not np.isfinite(squares).all():
             return self.request.value
-        count = _size(shape) // int(shape[self.request.axis])
+        count = size_of(shape) // int(shape[self.request.axis])
         self._sums.update(mean, squares, count)
         return None
 
@@ -338,7 +280,7 @@ class _MomentsTap:
     ) -> tuple[ir.Value, ir.Value]:
         """The targets ``y`` of the chosen rows, [k, O] or [G, k, O / G], and their shift."""
         e, rank = site.emitter, site.rank(request.target[0][0])
-        _check_axis(request.target[0][0], request.target_axis, rank)
+        check_axis(request.target[0][0], request.target_axis, rank)
         y = _signed_sum(request, site)
         y = axis_last(e, y, rank, request.target_axis % rank)
         self._targets_shape = site.output(e.op("Shape", y))
@@ -417,12 +359,3 @@ def _signed_sum(request: CrossMomentsRequest, site: Site) -> ir.Value:
         total = term if total is None else e.op("Add", total, term)
     assert total is not None  # noqa: S101 - requests have at least one target
     return total
-
-
-def _check_axis(value: str, axis: int, rank: int) -> None:
-    if not -rank <= axis < rank:
-        raise ModelError(f"tensor '{value}' has {rank} axes, no axis {axis}")
-
-
-def _size(shape: Array) -> int:
-    return math.prod(shape.astype(np.int64).tolist())

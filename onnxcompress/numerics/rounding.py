@@ -7,16 +7,19 @@ A layer ``y = W x`` with rounded weights ``Ŵ = s Q`` has the expected squared e
 
 where ``C`` is the covariance of ``x`` (the mean's share goes into the bias). Rounding each weight
 to its nearest neighbour minimizes the plain norm; GPTQ rounds the columns one after another and
-lets those that are left make up for the error made so far. With ``U`` the upper Cholesky factor of
-``(C + λI)⁻¹ = UᵀU``, column ``j`` rounded with error ``e_j = (w_j - ŵ_j) / U_jj`` updates the
-columns after it by
+lets those that are left make up for the error made so far. With the Cholesky factor ``C + λI =
+LLᵀ`` the error is ``Σ_j (Σ_{k >= j} L_kj δ_k)²``, so when the columns are rounded from the last to
+the first, the errors ``δ_k = w_k - ŵ_k`` made so far ask of the next one
 
-    w_k ← w_k - e_j U_jk,   k > j
+    w_j ← w_j + Σ_{k > j} δ_k L_kj / L_jj
 
-Columns with the largest variance go first, while there are most others to repair them.
+which makes its term as small as rounding allows. (The same rounding as with the factor of the
+inverse ``(C + λI)⁻¹`` in the papers, without the inverse.) Columns with the largest variance go
+first, while there are most others to repair them.
 
 Source: Frantar and Alistarh 2022, "Optimal Brain Compression"; Frantar et al. 2023, "GPTQ: accurate
-post-training quantization for generative pre-trained transformers".
+post-training quantization for generative pre-trained transformers"; Chen et al. 2025, "The geometry
+of LLM quantization: GPTQ as Babai's nearest plane algorithm".
 """
 
 from __future__ import annotations
@@ -82,18 +85,23 @@ def round_with_feedback(
     Returns:
         ``Q``, integers in float64, [O, D].
     """
-    groups = len(covariance)
     nearest = round_to_nearest(weight, scale, grid)
-    rows = len(weight) // groups
-    fed = np.concatenate(
-        [
-            _feedback(weight[part], scale[part], grid, covariance[g], damp)
-            for g in range(groups)
-            for part in [slice(g * rows, (g + 1) * rows)]
-        ]
+    groups = len(covariance)
+    mean = np.diagonal(covariance, axis1=1, axis2=2).mean(axis=1)
+    alive = np.flatnonzero(np.isfinite(mean) & (mean > UNDERFLOW))
+    if not len(alive):
+        return nearest
+    fed = nearest.reshape(groups, -1, weight.shape[1]).copy()
+    fed[alive] = _feedback(
+        weight.reshape(fed.shape)[alive],
+        scale.reshape(groups, -1)[alive],
+        grid,
+        covariance if len(alive) == groups else covariance[alive],
+        damp * mean[alive],
     )
-    better = _error(weight, scale, fed, covariance) < _error(weight, scale, nearest, covariance)
-    return np.where(better[:, None], fed, nearest)
+    rounded = fed.reshape(weight.shape)
+    better = _error(weight, scale, rounded, covariance) < _error(weight, scale, nearest, covariance)
+    return np.where(better[:, None], rounded, nearest)
 
 
 def _error(
@@ -103,30 +111,47 @@ def _error(
 
 
 def _feedback(
-    weight: FloatArray, scale: FloatArray, grid: Grid, covariance: FloatArray, damp: float
+    weight: FloatArray,
+    scale: FloatArray,
+    grid: Grid,
+    covariance: FloatArray,
+    damp: FloatArray,
 ) -> FloatArray:
-    """GPTQ over one group: ``weight`` [O, D], ``covariance`` [D, D]."""
-    size = len(covariance)
-    variance = covariance.diagonal()
-    mean = float(variance.mean())
-    if mean <= UNDERFLOW or not np.isfinite(mean):
-        return round_to_nearest(weight, scale, grid)
-    order = np.argsort(-variance, kind="stable")
-    damped = covariance[np.ix_(order, order)] + damp * mean * np.eye(size)
-    # (C + λI)⁻¹ = UᵀU with U upper triangular: factor the matrix with its order reversed.
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    upper = np.linalg.inv(lower)[::-1, ::-1]
-    left = weight[:, order].copy()
+    """GPTQ over all groups at once.
+
+    Args:
+        weight: [G, o, D].
+        scale: [G, o].
+        grid: As for :func:`round_with_feedback`.
+        covariance: [G, D, D].
+        damp: Added to the diagonal, [G].
+    """
+    size = covariance.shape[1]
+    # Rounded last to first, so the column of the largest variance stands last.
+    order = np.argsort(np.diagonal(covariance, axis1=1, axis2=2), axis=1, kind="stable")
+    across = order[:, None, :]
+    damped = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), across, 2)
+    damped[:, np.arange(size), np.arange(size)] += damp[:, None]
+    # Row j of Lᵀ, over its diagonal: what an error of column k > j asks of column j.
+    factor = np.linalg.cholesky(damped)
+    factor /= np.diagonal(factor, axis1=1, axis2=2)[:, None, :]
+    wanted = np.take_along_axis(weight, across, 2)
+    left = wanted.copy()
     integers = np.empty_like(left)
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        errors = np.empty((len(left), stop - start))
-        for j in range(start, stop):
-            column = np.clip(np.rint(left[:, j] / scale), grid.low, grid.high)
-            error = (left[:, j] - column * scale) / upper[j, j]
-            left[:, j + 1 : stop] -= np.outer(error, upper[j, j + 1 : stop])
-            integers[:, j], errors[:, j - start] = column, error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    for stop in range(size, 0, -_BLOCK):
+        start = max(stop - _BLOCK, 0)
+        # Columns first in memory: each step below touches whole ones.
+        block = np.ascontiguousarray(left[:, :, start:stop].transpose(2, 0, 1))
+        errors = np.ascontiguousarray(wanted[:, :, start:stop].transpose(2, 0, 1))
+        inner = factor[:, start:stop, start:stop].transpose(1, 2, 0)[:, :, :, None]
+        for j in range(stop - start - 1, -1, -1):
+            column = np.clip(np.rint(block[j] / scale), grid.low, grid.high)
+            errors[j] -= column * scale
+            integers[:, :, start + j] = column
+            if j:
+                block[:j] += inner[j, :j] * errors[j]
+        if start:
+            left[:, :, :start] += errors.transpose(1, 2, 0) @ factor[:, start:stop, :start]
     result = np.empty_like(integers)
-    result[:, order] = integers
+    np.put_along_axis(result, across, integers, 2)
     return result

@@ -20,12 +20,11 @@ from onnxcompress.passes.quant.correction import (
 )
 from onnxcompress.passes.quant.insertion import insert
 from onnxcompress.passes.quant.kernels import unfused
-from onnxcompress.passes.quant.measure import choose_affines, covariances, measure_ranges
+from onnxcompress.passes.quant.measure import Measured, choose_affines, few_samples, measure
 from onnxcompress.passes.quant.operators import Kind, data_inputs
 from onnxcompress.passes.quant.options import BiasCorrection, QuantOptions, RangeMethod, Rounding
 from onnxcompress.passes.quant.parameters import (
     Layer,
-    Range,
     make_groups,
     make_layer,
     range_affines,
@@ -78,30 +77,36 @@ class Builder:
         self._weight_grid = weight_grid(reduce_range=target.reduce_range)
         # TensorRT reads the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
         self._integer_moves = target.name != "cuda"
-        self._ranges: dict[str, Range] = {}
-        self._covariances: dict[str, FloatArray] = {}
+        self._measured = Measured()
+        self._asked: set[str] = set()
         self._rounded: dict[str, Layer] = {}
 
     def measure(self, chosen: frozenset[str]) -> None:
-        """Measure the ranges that the plan for ``chosen`` and all smaller ones can ask for."""
+        """Measure what the plan for ``chosen`` and all smaller ones can ask for, in one run."""
         nodes = [self.network.nodes[name] for name in chosen]
         moving = list(self.network.of_kind(Kind.MOVING))
-        wanted = dict.fromkeys(
+        points = dict.fromkeys(
             value.name or ""
             for node in (*nodes, *moving)
             for value in (*data_inputs(node), node.outputs[0], self.network.result(node))
         )
-        missing = [point for point in wanted if point not in self._ranges]
-        if missing:
-            percentile = (
-                self._options.percentile if self._options.ranges is RangeMethod.PERCENTILE else None
-            )
-            self._ranges |= measure_ranges(self._ctx, self.model, missing, percentile)
+        weighted = {
+            node.name or "": node
+            for node in nodes
+            if self._options.weights is Rounding.GPTQ
+            and self.network.rule(node.name or "").kind is Kind.WEIGHTED
+        }
+        new = {name: node for name, node in weighted.items() if name not in self._asked}
+        missing = [point for point in points if point not in self._measured.ranges]
+        if missing or new:
+            self._asked |= set(new)
+            found = measure(self._ctx, self.model, missing, new, self._options)
+            self._measured = self._measured.joined(found)
 
     def rough(self, chosen: frozenset[str]) -> tuple[Plan, ir.Model]:
         """The model with scales from ranges and weights rounded to nearest: right for timing."""
         plan = make_plan(self.network, chosen)
-        affines = range_affines(make_groups(self.network, plan, self._ranges), self._grid)
+        affines = range_affines(make_groups(self.network, plan, self._measured.ranges), self._grid)
         return plan, self.write(plan, affines, self._layers(plan, affines, {})).model
 
     def fused(self, chosen: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
@@ -124,21 +129,23 @@ class Builder:
     def careful(self, chosen: frozenset[str]) -> Built:
         """The model with the scales, weights and biases that the options ask for."""
         plan = make_plan(self.network, chosen)
-        if self._options.weights is Rounding.GPTQ:
-            missing = {n: v for n, v in self._weighted(plan).items() if n not in self._covariances}
-            self._covariances |= covariances(self._ctx, self.model, missing)
-        methods = [self._options.ranges]
-        if methods == [RangeMethod.AUTO]:
-            methods = [RangeMethod.MSE, RangeMethod.MINMAX]
-        return max((self._calibrated(plan, method) for method in methods), key=Built.worst_output)
+        method = self._options.ranges
+        if method is RangeMethod.AUTO:
+            few = few_samples(self._ctx)
+            method = max(
+                (RangeMethod.MSE, RangeMethod.MINMAX),
+                key=lambda m: self._calibrated(plan, m, few).worst_output(),
+            )
+        return self._calibrated(plan, method, self._ctx)
 
-    def _calibrated(self, plan: Plan, method: RangeMethod) -> Built:
-        groups = make_groups(self.network, plan, self._ranges)
-        affines = choose_affines(self._ctx, self.model, groups, self._grid, method)
-        layers = self._layers(plan, affines, self._covariances)
+    def _calibrated(self, plan: Plan, method: RangeMethod, ctx: PassContext) -> Built:
+        """The model with one way of choosing ranges, its biases corrected on the data of ``ctx``."""
+        groups = make_groups(self.network, plan, self._measured.ranges)
+        affines = choose_affines(self._measured, groups, self._grid, method)
+        layers = self._layers(plan, affines, self._measured.covariances)
         quantized = self.write(plan, affines, layers)
         corrected = self._corrected(self._weighted(plan))
-        correction = correct_biases(self._ctx, self.model, quantized, corrected)
+        correction = correct_biases(ctx, self.model, quantized, corrected)
         layers |= {name: layers[name].shifted(shift) for name, shift in correction.shifts.items()}
         return Built(plan, affines, layers, correction, method)
 

@@ -98,7 +98,7 @@ def correct_biases(
     """
     pair = _Pair(model, quantized)
     shifts = {
-        name: MeanRequest(pair.correct(name, axis).name or "", axis) for name, axis in nodes.items()
+        name: MeanRequest(pair.correct(name, axis).name or "", 1) for name, axis in nodes.items()
     }
     outputs = {
         value.name or "": pair.compare(value.name or "", pair.quantized_output(k))
@@ -107,7 +107,7 @@ def correct_biases(
     }
     pair.model.graph.sort()
     few = ctx if nodes else few_samples(ctx)
-    wide = replace(few, batch_size=max(ctx.batch_size, _BATCH_SIZE))
+    wide = replace(few, batch_size=_even_batch(few))
     requests = [*shifts.values(), *(r for both in outputs.values() for r in both)]
     found = wide.collect(pair.model, requests, description="correcting biases")
     return Correction(
@@ -119,6 +119,13 @@ def correct_biases(
     )
 
 
+def _even_batch(ctx: PassContext) -> int:
+    """A batch size that divides the samples evenly: each batch's mean weighs the same."""
+    samples = 1 if ctx.calibration is None else max(ctx.calibration.sample_count, 1)
+    size = max(ctx.batch_size, _BATCH_SIZE)
+    return -(-samples // -(-samples // size))
+
+
 def sqnr_db(signal: float, noise: float) -> float:
     """``10 log₁₀(signal / noise)``, within ±200 dB; no noise at all is 200 dB."""
     if noise <= 0:
@@ -127,7 +134,7 @@ def sqnr_db(signal: float, noise: float) -> float:
 
 
 def _energy(result: MeanResult) -> float:
-    return float((result.mean**2 + result.variance).sum())
+    return float(result.mean.sum())
 
 
 _Comparison = tuple[MeanRequest, MeanRequest]
@@ -214,7 +221,7 @@ class _Pair:
         """Add the batch mean of the error, per channel, to the output of node ``name``.
 
         Returns:
-            The error before the correction.
+            That mean, [1, channels].
         """
         output = self._nodes[name].outputs[0]
         readers = list(output.uses())
@@ -232,13 +239,19 @@ class _Pair:
         corrected = self._add("Add", [output, mean], output)
         for node, place in readers:
             node.replace_input_with(place, corrected)
-        return error
+        return self._flat(mean)
 
     def compare(self, name: str, other: ir.Value) -> _Comparison:
         """Requests for the energies of the float value ``name`` and of what ``other`` lacks."""
         mine = self._floats[name]
-        noise = self._flat(self._add("Sub", [mine, other], mine))
-        return MeanRequest(self._flat(mine).name or "", 0), MeanRequest(noise.name or "", 0)
+        noise = self._add("Sub", [mine, other], mine)
+        return self._energy(mine), self._energy(noise)
+
+    def _energy(self, value: ir.Value) -> MeanRequest:
+        """Request for the mean over runs of the sum of squares of ``value``."""
+        total = self._add("ReduceSumSquare", [value], value, {"keepdims": 0})
+        total.shape = ir.Shape([])
+        return MeanRequest(self._flat(total).name or "", 1)
 
     def _flat(self, value: ir.Value) -> ir.Value:
         flat = self._add("Reshape", [value, self._flat_shape], value)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.graph.constants import Array, set_initializer
+from onnxcompress.graph.constants import Array
 from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics.affine import Affine, IntArray
 from onnxcompress.passes.quant.operators import BIAS, WEIGHT, data_inputs, rule_of
@@ -125,7 +125,16 @@ class _Writer:
         return self._parameters[id(affine)]
 
     def _constant(self, name: str, array: Array) -> ir.Value:
-        return set_initializer(self._graph, self._namer.value(name), array)
+        """An initializer of a new name (which needs no search of the graph, as the namer knows)."""
+        tensor = ir.Tensor(np.asarray(array, order="C"), name=self._namer.value(name))
+        value = ir.Value(
+            name=tensor.name,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self._graph.register_initializer(value)
+        return value
 
     def _write_point(self, value: ir.Value, *, made_by_member: bool) -> None:
         name = value.name or ""

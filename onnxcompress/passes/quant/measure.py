@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,19 +11,23 @@ import onnx_ir as ir
 from onnxcompress.calibration.dataset import Dataset
 from onnxcompress.calibration.geometry import unfold_of
 from onnxcompress.calibration.statistics import (
-    ClipErrorRequest,
     ConvUnfold,
+    HistogramRequest,
+    HistogramResult,
     MomentsRequest,
     RangeRequest,
+    RangeResult,
     Request,
     TailRequest,
     Unfold,
 )
 from onnxcompress.context import PassContext
+from onnxcompress.errors import ModelError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics.affine import Affine, FloatArray, Grid
+from onnxcompress.numerics.histogram import Histogram
 from onnxcompress.passes.quant.operators import WEIGHT, data_inputs
-from onnxcompress.passes.quant.options import RangeMethod
+from onnxcompress.passes.quant.options import QuantOptions, RangeMethod
 from onnxcompress.passes.quant.parameters import Group, Range, group_candidates, range_affines
 
 _MAX_COLUMNS = 4608
@@ -32,61 +36,110 @@ _MAX_COLUMNS = 4608
 _FEW_SAMPLES = 32
 """Enough to see that a node fails. Scales chosen on so few cost 3 dB on an image classifier."""
 
+_MAX_ELEMENTS = 1 << 21
+"""Elements of a tensor that its histogram counts, evenly spaced over all samples."""
+
+_BINNED = frozenset({RangeMethod.AUTO, RangeMethod.MSE})
+"""Ways to choose ranges that need histograms."""
+
 _ROWS_PER_COLUMN = 16
 _MIN_ROWS = 4096
 
 
-def measure_ranges(
-    ctx: PassContext, model: ir.Model, points: Sequence[str], percentile: float | None
-) -> dict[str, Range]:
-    """Least and greatest value by point, or the quantiles that leave ``percentile`` percent inside.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one run of the float model over the calibration data showed.
+
+    Attributes:
+        ranges: Least and greatest value by point, or the quantiles asked for.
+        histograms: How often which values occur, by point; empty where ranges need none.
+        covariances: Covariance of the unfolded data, [G, D, D], by weighted node.
+    """
+
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    covariances: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    def joined(self, other: Measured) -> Measured:
+        """Both together."""
+        return Measured(
+            {**self.ranges, **other.ranges},
+            {**self.histograms, **other.histograms},
+            {**self.covariances, **other.covariances},
+        )
+
+
+def measure(
+    ctx: PassContext,
+    model: ir.Model,
+    points: Sequence[str],
+    nodes: Mapping[str, ir.Node],
+    options: QuantOptions,
+) -> Measured:
+    """Run the float model once and take everything that scales and rounding need.
 
     Args:
         ctx: The job.
         model: The float model.
         points: Values to measure.
-        percentile: Share inside the range; None takes the extremes.
+        nodes: Weighted nodes whose data's covariance is wanted; those whose data cannot be unfolded
+            (unknown padding, too many columns) are left out.
+        options: How ranges are chosen.
     """
-    requests: list[Request] = [RangeRequest(point) for point in points]
-    fraction = None if percentile is None else (1 - percentile / 100) / 2
-    if fraction is not None:
-        requests += [TailRequest(point, fraction) for point in points]
-    found = ctx.collect(model, requests, description="measuring ranges")
+    binned = options.ranges in _BINNED
+    extremes: dict[str, Request] = {
+        point: HistogramRequest(point, max_elements=_MAX_ELEMENTS)
+        if binned
+        else RangeRequest(point)
+        for point in points
+    }
+    fraction = (1 - options.percentile / 100) / 2
+    tails = {
+        point: TailRequest(point, fraction)
+        for point in points
+        if options.ranges is RangeMethod.PERCENTILE
+    }
+    moments = _moment_requests(nodes)
+    found = ctx.collect(
+        model,
+        [*extremes.values(), *tails.values(), *moments.values()],
+        description="measuring activations",
+    )
     ranges: dict[str, Range] = {}
-    for point in points:
-        extremes = found[RangeRequest(point)]
-        ranges[point] = (float(extremes.minimum), float(extremes.maximum))
-        if fraction is not None:
-            tail = found[TailRequest(point, fraction)]
-            ranges[point] = (min(tail.low, 0.0), max(tail.high, 0.0))
-    return ranges
+    histograms: dict[str, Histogram] = {}
+    for point, request in extremes.items():
+        result = found[request]
+        if isinstance(result, HistogramResult):
+            ranges[point] = (result.minimum, result.maximum)
+            histograms[point] = result.histogram
+        elif isinstance(result, RangeResult):
+            ranges[point] = (float(result.minimum), float(result.maximum))
+    for point, tail_request in tails.items():
+        tail = found[tail_request]
+        ranges[point] = (min(tail.low, 0.0), max(tail.high, 0.0))
+    return Measured(
+        ranges, histograms, {name: found[request].covariance for name, request in moments.items()}
+    )
 
 
 def choose_affines(
-    ctx: PassContext, model: ir.Model, groups: Sequence[Group], grid: Grid, method: RangeMethod
+    measured: Measured, groups: Sequence[Group], grid: Grid, method: RangeMethod
 ) -> dict[str, Affine]:
     """The grid of every point: the whole range, or the one whose rounding and clipping costs least.
 
-    The candidates of a group are measured on all its sources by rounding the real activations in
-    the graph; the least sum of mean squared errors, each relative to the energy of its source,
-    wins.
+    The candidates of a group are judged on the histograms of all its sources; the least sum of mean
+    squared errors wins.
     """
     if method is not RangeMethod.MSE:
         return range_affines(groups, grid)
-    candidates = {group.points[0]: group_candidates(group, grid) for group in groups}
-    requests = {
-        (group.points[0], source): _clip_request(source, candidates[group.points[0]])
-        for group in groups
-        for source in group.sources
-    }
-    found = ctx.collect(model, requests.values(), description="choosing scales")
     chosen: dict[str, Affine] = {}
     for group in groups:
-        errors = np.sum(
-            [found[requests[group.points[0], source]].mse for source in group.sources], axis=0
-        )
-        best = candidates[group.points[0]][int(np.argmin(errors))]
-        chosen |= dict.fromkeys(group.points, best)
+        candidates = group_candidates(group, grid)
+        errors = [
+            sum(measured.histograms[source].rounding_error(affine) for source in group.sources)
+            for affine in candidates
+        ]
+        chosen |= dict.fromkeys(group.points, candidates[int(np.argmin(errors))])
     return chosen
 
 
@@ -99,24 +152,7 @@ def _first(samples: Dataset) -> Dataset:
     return samples.take(min(samples.sample_count, _FEW_SAMPLES))
 
 
-def _clip_request(value: str, candidates: Iterable[Affine]) -> ClipErrorRequest:
-    made = tuple(candidates)
-    return ClipErrorRequest(
-        value,
-        scales=tuple(float(a.scale) for a in made),
-        zero_points=tuple(int(a.zero_point) for a in made),
-        dtype=made[0].grid.dtype,
-    )
-
-
-def covariances(
-    ctx: PassContext, model: ir.Model, nodes: Mapping[str, ir.Node]
-) -> dict[str, FloatArray]:
-    """Covariance of the unfolded data of weighted nodes, [G, D, D] by node name, from one run.
-
-    Nodes whose data cannot be unfolded (automatic padding, ConvTranspose, too many columns) are
-    left out.
-    """
+def _moment_requests(nodes: Mapping[str, ir.Node]) -> dict[str, MomentsRequest]:
     requests: dict[str, MomentsRequest] = {}
     for name, node in nodes.items():
         unfold = _unfold(node)
@@ -125,10 +161,7 @@ def covariances(
             continue
         rows = max(_ROWS_PER_COLUMN * columns, _MIN_ROWS)
         requests[name] = MomentsRequest(data_inputs(node)[0].name or "", unfold, max_rows=rows)
-    if not requests:
-        return {}
-    found = ctx.collect(model, requests.values(), description="measuring covariances")
-    return {name: found[request].covariance for name, request in requests.items()}
+    return requests
 
 
 def _columns(node: ir.Node) -> int:
@@ -140,9 +173,11 @@ def _columns(node: ir.Node) -> int:
 
 def _unfold(node: ir.Node) -> Unfold | None:
     """How the data of a weighted node meet its weight; None where rounding leaves it out."""
-    automatic = node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
-    if node.op_type == "ConvTranspose" or automatic:
+    if node.op_type == "ConvTranspose":
         return None
-    unfold = unfold_of(node)
+    try:
+        unfold = unfold_of(node)
+    except ModelError:  # automatic padding of a length that is not known
+        return None
     crops = isinstance(unfold, ConvUnfold) and min(unfold.pads, default=0) < 0
     return None if crops else unfold

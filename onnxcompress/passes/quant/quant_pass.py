@@ -59,7 +59,7 @@ class QuantPass:
     summary: ClassVar[str] = "Run convolutions and matrix products on 8-bit integers (static, QDQ)."
     stage: ClassVar[Stage] = Stage.PRECISION
     needs: ClassVar[frozenset[Statistic]] = frozenset(
-        {Statistic.RANGE, Statistic.TAIL, Statistic.CLIP_ERROR, Statistic.MEAN, Statistic.MOMENTS}
+        {Statistic.RANGE, Statistic.TAIL, Statistic.HISTOGRAM, Statistic.MEAN, Statistic.MOMENTS}
     )
     options_type: ClassVar[type[QuantOptions]] = QuantOptions
 

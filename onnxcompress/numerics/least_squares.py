@@ -143,14 +143,32 @@ def solve_positive_definite(matrix: Array, right: Array) -> Array:
     Raises:
         numpy.linalg.LinAlgError: If ``A`` is not positive definite.
     """
-    factor = np.linalg.cholesky(matrix)
+    factor = np.asarray(np.linalg.cholesky(matrix), np.float64)
+    return solve_transposed(factor, solve_lower(factor, right))
+
+
+def solve_lower(factor: Array, right: Array) -> Array:
+    """Solve ``L Z = B`` for a lower triangular ``L``.
+
+    Args:
+        factor: ``L``, [D, D].
+        right: ``B``, [D, N].
+
+    Returns:
+        ``Z``, [D, N].
+    """
     solution = right.copy()
-    starts = range(0, len(matrix), _PANEL)
-    for start in starts:
+    for start in range(0, len(factor), _PANEL):
         rows = slice(start, start + _PANEL)
         rest = solution[rows] - factor[rows, :start] @ solution[:start]
         solution[rows] = np.linalg.solve(factor[rows, rows], rest)
-    for start in reversed(starts):
+    return solution
+
+
+def solve_transposed(factor: Array, right: Array) -> Array:
+    """Solve ``Lᵀ Z = B`` for a lower triangular ``L``; shapes as in :func:`solve_lower`."""
+    solution = right.copy()
+    for start in reversed(range(0, len(factor), _PANEL)):
         rows, below = slice(start, start + _PANEL), slice(start + _PANEL, None)
         rest = solution[rows] - factor[below, rows].T @ solution[below]
         solution[rows] = np.linalg.solve(factor[rows, rows].T, rest)

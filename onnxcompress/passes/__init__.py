@@ -25,6 +25,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "simplify": "onnxcompress.passes.simplify:SimplifyPass",
         "fold": "onnxcompress.passes.fold:FoldPass",
         "prune": "onnxcompress.passes.prune:PrunePass",
+        "svd": "onnxcompress.passes.svd:SvdPass",
         "quant": "onnxcompress.passes.quant:QuantPass",
         "fp16": "onnxcompress.passes.fp16:Fp16Pass",
         "weights": "onnxcompress.passes.weight_only:WeightOnlyPass",

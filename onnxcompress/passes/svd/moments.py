@@ -99,7 +99,7 @@ def moment_of(site: Site, result: MomentsResult) -> Array:
     covariance = shrunk(result.covariance[0], result.count)
     if site.takes_bias:
         return covariance
-    return covariance + np.outer(result.mean[0], result.mean[0])
+    return np.asarray(covariance + np.outer(result.mean[0], result.mean[0]), np.float64)
 
 
 def _output_moment(site: Site, matrix: Array, result: MomentsResult) -> Array:
@@ -107,7 +107,7 @@ def _output_moment(site: Site, matrix: Array, result: MomentsResult) -> Array:
     if not site.takes_bias:
         seen = seen + np.outer(result.mean[0], result.mean[0])
     if site.kind is not Kind.EMBEDDING:
-        return seen
+        return np.asarray(seen, np.float64)
     table = np.asarray(matrix @ matrix.T, np.float64)
     share = _UNSEEN * max(float(np.trace(seen)), 1e-300) / max(float(np.trace(table)), 1e-300)
     return np.asarray((1 - _UNSEEN) * seen + share * table, np.float64)

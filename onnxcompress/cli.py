@@ -210,7 +210,9 @@ def bench(original: Path, result: Path, **given: object) -> int:
 )
 @click.option("--savings", is_flag=True, help="Say what each pass could do to each node.")
 @click.option("--target", default="auto", show_default=True, help="Hardware for --savings.")
-@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="Nodes to list.")
+@click.option(
+    "--top", type=click.IntRange(0), default=10, show_default=True, help="Nodes and groups to list."
+)
 @opt.report_options
 def inspect(
     model: Path,

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
 from onnxcompress import model_io
 from onnxcompress.calibration.sources import DataSource
-from onnxcompress.graph import canonical, labels
-from onnxcompress.graph.cost import ModelCost, NodeCost, cost_of
-from onnxcompress.graph.coupling import Group
+from onnxcompress.graph.cost import NodeCost, cost_of
+from onnxcompress.groups import CoupledGroup, CouplingSummary, FrozenReason, summarize
 from onnxcompress.interface import TensorSpec, input_specs, output_specs
 from onnxcompress.node_time import TimeShares, time_shares
 from onnxcompress.output import scratch
@@ -22,38 +19,6 @@ from onnxcompress.runtime import SessionSettings
 from onnxcompress.savings import Savings, savings_of
 from onnxcompress.selection import evaluation_data
 from onnxcompress.targets import target_by_name
-
-
-@dataclass(frozen=True, slots=True)
-class CoupledGroup:
-    """Channels that can only be removed together.
-
-    Attributes:
-        name: The node that makes them.
-        units: How many there are.
-        macs_ratio: Share of the model's MACs in the nodes that make or use them, 0 to 1.
-        nodes: These nodes.
-    """
-
-    name: str
-    units: int
-    macs_ratio: float
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenReason:
-    """Why some channels have to stay.
-
-    Attributes:
-        reason: In words a user can act on.
-        places: How many tensor axes it holds.
-        examples: Up to three of the nodes that demand it.
-    """
-
-    reason: str
-    places: int
-    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +43,13 @@ class Inspection:
         uncounted: Nodes whose MACs could not be counted.
         top_nodes: The nodes that take the most time, where it was measured, else those with the
             most MACs (then parameters), largest first.
+        coverage: Share of the MACs in nodes that pruning can make cheaper; None when not asked for.
         groups: Coupled channels, largest share of MACs first; None when they were not asked for.
-        frozen: What keeps the other channels, most frequent first; None when it was not asked for.
+        frozen: What keeps the other channels, largest share of MACs first; None when it was not
+            asked for.
+        untouched: Nodes with MACs that pruning cannot make cheaper, most expensive first.
+        states: Outputs that carry states whose cells may go; they are written as zeros.
+        top: How many nodes, groups and reasons a short report lists.
         time: Share of every node in the time of one run; None when it was not asked for.
         savings: What the passes could do; None when it was not asked for.
         notes: What was done to the model in order to look into it.
@@ -101,8 +71,12 @@ class Inspection:
     macs: int
     uncounted: tuple[str, ...]
     top_nodes: tuple[NodeCost, ...]
+    coverage: float | None
     groups: tuple[CoupledGroup, ...] | None
     frozen: tuple[FrozenReason, ...] | None
+    untouched: tuple[str, ...]
+    states: tuple[str, ...]
+    top: int
     time: TimeShares | None
     savings: Savings | None
     notes: tuple[str, ...]
@@ -129,7 +103,7 @@ def inspect(
         data: Inputs of the timed run; by default those beside the model (NAME.eval.npz), else
             invented ones.
         target: Hardware profile that ``savings`` are meant for.
-        top: How many of the most expensive nodes to list.
+        top: How many of the most expensive nodes to list, and of groups and reasons to print.
         progress: Where to report progress.
 
     Raises:
@@ -149,8 +123,7 @@ def inspect(
         node.op_type if not node.domain else f"{node.domain}::{node.op_type}"
         for node in model.graph.all_nodes()
     )
-    found: tuple[CoupledGroup, ...] | None = None
-    frozen: tuple[FrozenReason, ...] | None = None
+    coupled: CouplingSummary | None = None
     notes: tuple[str, ...] = ()
     shares: TimeShares | None = None
     could: Savings | None = None
@@ -167,7 +140,7 @@ def inspect(
                 with progress.task("asking the passes"):
                     could = savings_of(prepared, profile_of, work_dir)
         if groups:
-            found, frozen = _coupling(prepared)
+            coupled = summarize(prepared)
     times = {} if shares is None else shares.nodes
     expensive = sorted(
         cost.nodes,
@@ -195,32 +168,13 @@ def inspect(
         top_nodes=tuple(
             n for n in expensive[:top] if n.macs or n.parameters or times.get(n.node, 0.0)
         ),
-        groups=found,
-        frozen=frozen,
+        coverage=None if coupled is None else coupled.coverage,
+        groups=None if coupled is None else coupled.groups,
+        frozen=None if coupled is None else coupled.frozen,
+        untouched=() if coupled is None else coupled.untouched,
+        states=() if coupled is None else coupled.states,
+        top=top,
         time=shares,
         savings=could,
         notes=notes,
     )
-
-
-def _coupling(model: ir.Model) -> tuple[tuple[CoupledGroup, ...], tuple[FrozenReason, ...]]:
-    canonical.canonicalize(model)
-    coupling = labels.analyse(model)
-    cost = cost_of(model)
-    groups = sorted((_group(g, cost) for g in coupling.groups), key=lambda g: -g.macs_ratio)
-    nodes_by_reason: dict[str, list[str]] = {}
-    for place in coupling.frozen:
-        nodes_by_reason.setdefault(place.reason, []).append(place.node or place.value)
-    frozen = sorted(nodes_by_reason.items(), key=lambda item: -len(item[1]))
-    return tuple(groups), tuple(
-        FrozenReason(reason, len(nodes), tuple(dict.fromkeys(nodes))[:3])
-        for reason, nodes in frozen
-    )
-
-
-def _group(group: Group, cost: ModelCost) -> CoupledGroup:
-    made_by = [place.node for place in group.sources]
-    nodes = tuple(dict.fromkeys(made_by + [place.node for place in group.sinks]))
-    touched = set(nodes)
-    macs = sum(n.macs or 0 for n in cost.nodes if n.node in touched)
-    return CoupledGroup(group.name, group.size, macs / cost.macs if cost.macs else 0.0, nodes)

@@ -373,7 +373,7 @@ def test_inspect(model: Path, out: Path, capsys: Output) -> None:
 def test_inspect_groups(model: Path, tmp_path: Path, capsys: Output) -> None:
     assert run("inspect", model, "--groups", "--json") == 0
     (group,) = json.loads(capsys.readouterr().out)["groups"]
-    assert group["units"] == 16
+    assert (group["units"], group["width"]) == (16, 1)
     assert group["macs_ratio"] == 1.0
     proto = onnx.load(model)
     proto.graph.node[1].op_type = "Softmax"

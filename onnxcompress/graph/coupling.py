@@ -119,12 +119,14 @@ class Frozen:
         axis: Axis of ``value``.
         value: Name of the tensor.
         reason: Why, in words a user can act on.
+        holds: Names of the nodes whose weights make these channels or sum over them.
     """
 
     node: str
     axis: int
     value: str
     reason: str
+    holds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -256,15 +256,34 @@ def _reports(
 ) -> tuple[Frozen, ...]:
     """Freezes that cost channels which a weight makes or sums over, each place once."""
     used = summed | spread.made_roots()
-    found: dict[tuple[str, str, int], Frozen] = {}
+    users = _Users(spread)
+    found: dict[tuple[str, str, int], tuple[str, list[Labels]]] = {}
     for f in spread.freezes:
         roots = spread.roots[f.labels]
         if f.value and (born[roots] & used[roots]).any():
-            found.setdefault((f.node, f.value, f.axis), Frozen(f.node, f.axis, f.value, f.reason))
+            found.setdefault((f.node, f.value, f.axis), (f.reason, []))[1].append(roots.ravel())
     for site in spread.sources:
         roots = spread.roots[site.labels]
         if not (summed[roots] | frozen[roots]).any():
-            name, axis = site.node.name or "", site.axis
-            value = site.node.outputs[0].name or ""
-            found.setdefault((name, value, axis), Frozen(name, axis, value, "is never summed over"))
-    return tuple(found.values())
+            key = site.node.name or "", site.node.outputs[0].name or "", site.axis
+            found.setdefault(key, ("is never summed over", []))[1].append(roots.ravel())
+    return tuple(
+        Frozen(node, axis, value, reason, users.of(np.concatenate(roots)))
+        for (node, value, axis), (reason, roots) in found.items()
+    )
+
+
+class _Users:
+    """Which nodes make or sum over a component."""
+
+    def __init__(self, spread: Spread) -> None:
+        sites = [s for s in (*spread.sources, *spread.sinks) if s.weight_input is not None]
+        self._names = [site.node.name or "" for site in sites]
+        roots = [np.unique(spread.roots[site.labels]) for site in sites]
+        self._roots = np.concatenate(roots) if roots else np.zeros(0, dtype=np.int64)
+        self._sites = np.repeat(np.arange(len(sites)), [len(r) for r in roots])
+
+    def of(self, roots: Labels) -> tuple[str, ...]:
+        """Names of the nodes, each once."""
+        sites = np.unique(self._sites[np.isin(self._roots, roots)])
+        return tuple(dict.fromkeys(self._names[i] for i in sites))

@@ -120,16 +120,47 @@ def _groups(found: Inspection) -> RenderableType:
     if not found.groups:
         return Text("no channels can be pruned\n")
     table = _table("coupled channels", "made by")
-    for name in ("units", "share of MACs", "nodes"):
+    for name in ("units", "channels each", "parameters", "share of MACs", "nodes"):
         table.add_column(name, justify="right", overflow="fold")
-    for group in found.groups:
+    for group in found.groups[: found.top]:
         table.add_row(
             Text(group.name),
             str(group.units),
+            str(group.width),
+            count_text(group.parameters),
             percent_text(group.macs_ratio),
             str(len(group.nodes)),
         )
-    return table
+    return Group(table, *_more(found, len(found.groups), "group"), _coverage(found))
+
+
+def _coverage(found: Inspection) -> RenderableType:
+    """How much of the model pruning can reach, and where the rest is."""
+    text = Text.assemble(
+        ("coverage  ", "bold"),
+        f"{percent_text(found.coverage or 0.0)} of the MACs are in nodes that pruning can make "
+        "cheaper",
+    )
+    if found.untouched:
+        names = list(found.untouched[:3])
+        if len(found.untouched) > len(names):
+            names.append(f"{len(found.untouched) - len(names)} more")
+        text.append(f"; not in {', '.join(names)}")
+    if found.states:
+        names = [f"'{name}'" for name in found.states]
+        text.append(
+            f"\nRemoved cells are written as zeros to {', '.join(names)}; prune.states=false "
+            "leaves states alone."
+        )
+    return Group(text, Text(""))
+
+
+def _more(found: Inspection, count: int, noun: str) -> list[RenderableType]:
+    """What a short report leaves out, and how to see it."""
+    if count <= found.top:
+        return []
+    rest = plural(count - found.top, f"more {noun}")
+    return [Text(f"and {rest}: --top {count} lists all, and so does --json\n", "dim")]
 
 
 def _frozen(found: Inspection) -> RenderableType:
@@ -137,10 +168,16 @@ def _frozen(found: Inspection) -> RenderableType:
         return Text("nothing is frozen\n")
     table = _table("frozen, because", "reason")
     table.add_column("axes", justify="right")
+    table.add_column("share of MACs", justify="right")
     table.add_column("for example", overflow="fold")
-    for frozen in found.frozen:
-        table.add_row(Text(frozen.reason), str(frozen.places), Text(", ".join(frozen.examples)))
-    return table
+    for frozen in found.frozen[: found.top]:
+        table.add_row(
+            Text(frozen.reason),
+            str(frozen.places),
+            percent_text(frozen.macs_ratio),
+            Text(", ".join(frozen.examples)),
+        )
+    return Group(table, *_more(found, len(found.frozen), "reason"))
 
 
 def _table(title: str, first: str) -> Table:

@@ -92,6 +92,7 @@ def cli() -> None:
 @opt.image_options
 @opt.gate_options
 @opt.running_options
+@opt.worker_options
 @opt.output_options
 def compress(original: Path, output: Path, **given: object) -> int:
     """Compress the model IN to OUT and verify the result."""
@@ -113,6 +114,7 @@ def compress(original: Path, output: Path, **given: object) -> int:
             keep_failed=bool(given["keep_failed"]),
             dry_run=bool(given["dry_run"]),
             measure=not given["no_bench"],
+            workers=opt.workers(given),
             progress=opt.progress(given),
         )
     verbose = bool(given["verbose"])

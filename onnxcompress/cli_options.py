@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxcompress.calibration.sources import ImageOptions
     from onnxcompress.progress import Progress
     from onnxcompress.recipe import Recipe
+    from onnxcompress.search.parallel import Workers
     from onnxcompress.verification.gates import Gates
 
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -20,6 +21,7 @@ Given = Mapping[str, object]
 
 PATH = click.Path(path_type=Path)
 PROVIDERS = ("cpu", "cuda", "auto")
+BACKENDS = ("loky", "dask", "ray")
 IMAGE_LAYOUTS = ("auto", "NCHW", "NHWC")
 IMAGE_CHANNELS = ("auto", "RGB", "BGR", "L")
 IMAGE_FITS = ("crop", "stretch")
@@ -221,6 +223,21 @@ running_options = _section(
     _option("--no-bench", "Do not measure latency and memory.", is_flag=True),
 )
 
+worker_options = _section(
+    "Searching; the result is the same with any number of processes",
+    _option(
+        "--jobs",
+        "Processes that measure versions of the model; by default all cores where it is worth it.",
+        type=_COUNT,
+        metavar="N",
+    ),
+    _option(
+        "--backend",
+        "loky: processes on this machine (default); dask or ray: a cluster.",
+        type=click.Choice(BACKENDS),
+    ),
+)
+
 bench_options = _section(
     "Running",
     _option(
@@ -353,6 +370,17 @@ def check_side_files(given: Given) -> None:
             raise click.UsageError(f"--json and --save-recipe name the same file '{saved}'")
     if saved is not None:
         check_side_file(saved, SideFile.RECIPE)
+
+
+def workers(given: Given) -> Workers:
+    """How many processes search, and where."""
+    from onnxcompress.search.parallel import Backend, Workers
+
+    jobs = given.get("jobs")
+    return Workers(
+        jobs=None if jobs is None else int(cast("int", jobs)),
+        backend=Backend(text(given, "backend") or "loky"),
+    )
 
 
 def text(given: Given, name: str) -> str | None:

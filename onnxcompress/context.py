@@ -14,7 +14,9 @@ from onnxcompress.calibration.statistics import Request, Statistics
 from onnxcompress.errors import DataError
 from onnxcompress.progress import Progress, SilentProgress
 from onnxcompress.runtime import SessionSettings
+from onnxcompress.search.parallel import Workers
 from onnxcompress.targets import Target
+from onnxcompress.verification.gates import Gates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,9 @@ class PassContext:
         batch_size: Samples per run during calibration.
         seed: Seed of everything random.
         progress: Where to report progress.
+        goals: Limits of the user's that the result is judged by at the end, against ``original``.
+        original: The file of the original model; None in a job without one.
+        workers: How many processes may measure versions of the model.
     """
 
     target: Target
@@ -38,6 +43,9 @@ class PassContext:
     batch_size: int = 8
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
+    goals: Gates = field(default_factory=Gates)
+    original: Path | None = None
+    workers: Workers = field(default_factory=Workers)
 
     def collect(
         self,

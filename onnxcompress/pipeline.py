@@ -30,6 +30,7 @@ from onnxcompress.recipe import Recipe
 from onnxcompress.result import CompressionResult, PassRun
 from onnxcompress.runtime import SessionSettings, open_session, resolve_providers
 from onnxcompress.schedule import Schedule, Step, plan_schedule
+from onnxcompress.search.parallel import Workers
 from onnxcompress.selection import Labels, choose_data
 from onnxcompress.targets import target_by_name
 from onnxcompress.verification.compare import interface_changes
@@ -63,6 +64,7 @@ def compress(
     keep_failed: bool = False,
     dry_run: bool = False,
     measure: bool = True,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> CompressionResult:
     """Compress a model file and verify the result.
@@ -89,6 +91,8 @@ def compress(
         keep_failed: Write the result even when it fails its verification.
         dry_run: Only say what would be done.
         measure: Whether to measure latency and peak memory.
+        workers: How many processes measure versions of the model, and where. The result does not
+            depend on it.
         progress: Where to report progress.
 
     Returns:
@@ -128,6 +132,7 @@ def compress(
         keep_failed=keep_failed,
         dry_run=dry_run,
         measure=measure,
+        workers=workers,
         progress=progress or SilentProgress(),
     )
 
@@ -144,6 +149,7 @@ def run_recipe(
     dry_run: bool,
     measure: bool,
     progress: Progress,
+    workers: Workers | None = None,
 ) -> CompressionResult:
     """Do what :func:`compress` does, from a recipe.
 
@@ -186,6 +192,9 @@ def run_recipe(
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             progress=progress,
+            goals=recipe.gates,
+            original=original,
+            workers=workers or Workers(),
         )
         verification, written = None, False
         if dry_run:

@@ -32,7 +32,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 ScaleArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.integer]
 
-IntegerType = Literal["uint8", "int8"]
+IntegerType = Literal["uint8", "int8", "uint16", "int16"]
 
 MIN_SCALE = 2.0**-40
 """Least scale: a tensor this close to 0 is 0, and the product of two such scales is normal."""
@@ -59,7 +59,7 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The zero point of a symmetric grid: 0 for int8, 128 for uint8."""
+        """The zero point of a symmetric grid: 0 for int8 and int16, 128 for uint8."""
         return (self.low + self.high + 1) // 2
 
     @property
@@ -72,6 +72,17 @@ def activation_grid(dtype: IntegerType, *, symmetric: bool) -> Grid:
     """The grid of activations: all of ``dtype``, to which ONNX's QuantizeLinear saturates."""
     info = np.iinfo(dtype)
     return Grid(dtype, int(info.min), int(info.max), symmetric)
+
+
+def wide_grid(grid: Grid) -> Grid:
+    """The 16-bit grid of the same sign and symmetry: steps 256 times finer over the same range."""
+    dtype: IntegerType = "uint16" if grid.dtype.startswith("u") else "int16"
+    return activation_grid(dtype, symmetric=grid.symmetric)
+
+
+def is_wide(grid: Grid) -> bool:
+    """Whether the integers have 16 bits."""
+    return grid.dtype in {"uint16", "int16"}
 
 
 def weight_grid(*, reduce_range: bool = False) -> Grid:

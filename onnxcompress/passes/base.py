@@ -64,6 +64,21 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """Figures in rows. The terminal shows the first rows, the JSON report all.
+
+    Attributes:
+        title: What is shown, with the units.
+        columns: Names of the columns.
+        rows: The most interesting row first; as many cells as columns.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PassReport:
     """What a pass changed, what it skipped and why, and figures of its own.
 
@@ -72,12 +87,14 @@ class PassReport:
         skips: Everything that could not be treated, with the reason. Never a silent ``continue``.
         figures: Named figures for the report, with the unit in the name (``{"macs_kept_ratio": 0.8}``).
         notes: Remarks for the user, one sentence each.
+        tables: Figures that do not fit into one line.
     """
 
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
     figures: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
 
 _T = TypeVar("_T")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxcompress.passes.base import Skip
+from onnxcompress.passes.base import Table as Figures
 from onnxcompress.report.console import console
 from onnxcompress.report.units import (
     bytes_text,
@@ -32,6 +33,7 @@ from onnxcompress.verification.side_by_side import Timing, Verification
 _GOOD, _BAD, _DIM = "green", "red", "dim"
 _NAMES_SHOWN = 3
 _REASONS_SHOWN = 4
+_ROWS_SHOWN = 10
 _TABLE_WIDTH = 64
 
 
@@ -268,7 +270,32 @@ def _passes(result: CompressionResult, *, verbose: bool) -> RenderableType:
             line.append("  (added)", _DIM)
         blocks.append(line)
         blocks += [Padding(detail, (0, 0, 0, 2)) for detail in _details(run, verbose=verbose)]
+        blocks += [
+            Padding(_rows(each, verbose=verbose), (1, 0, 0, 2)) for each in run.report.tables
+        ]
     return Group(*blocks)
+
+
+def _rows(figures: Figures, *, verbose: bool) -> Table:
+    """The first rows of a pass's own table."""
+    shown = figures.rows if verbose else figures.rows[:_ROWS_SHOWN]
+    more = len(figures.rows) - len(shown)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        header_style="bold",
+        title=figures.title,
+        title_justify="left",
+        title_style=_DIM,
+        caption=f"and {more} more (-v shows all)" if more else None,
+        caption_justify="left",
+    )
+    for number, name in enumerate(figures.columns):
+        numeric = all(not isinstance(row[number], str) for row in figures.rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in shown:
+        table.add_row(*(Text(cell if isinstance(cell, str) else f"{cell:g}") for cell in row))
+    return table
 
 
 def _details(run: PassRun, *, verbose: bool) -> Iterator[Text]:

@@ -94,12 +94,7 @@ def compare_outputs(
 def _compare(
     original: Session, result: Session, data: Dataset, batch_size: int, progress: Progress
 ) -> Comparison:
-    names = [spec.name for spec in original.outputs]
-    outputs = {name: OutputMeter(name) for name in names}
-    classes = {
-        spec.name: ClassMeter(spec.name, may_be_logits=not _like_an_input(spec, original.inputs))
-        for spec in original.outputs
-    }
+    meter = ComparisonMeter(original.inputs, original.outputs)
     labels = data.labels
     done = 0
     with progress.task("verifying", data.sample_count) as task:
@@ -110,15 +105,51 @@ def _compare(
             except ModelError as error:
                 return Comparison(fatal=(f"the result does not run: {error.message}",))
             batch_labels = None if labels is None else labels[done : done + samples]
-            for name in names:
-                try:
-                    outputs[name].update(wanted[name], got[name], samples)
-                except ValueError as error:
-                    return Comparison(fatal=(str(error),))
-                classes[name].update(wanted[name], got[name], samples, batch_labels)
+            try:
+                meter.update(wanted, got, samples, batch_labels)
+            except ValueError as error:
+                return Comparison(fatal=(str(error),))
             done += samples
             task.advance(samples)
-    return _conclude(done, outputs, classes)
+    return meter.finish()
+
+
+class ComparisonMeter:
+    """Streams the outputs of two models into a :class:`Comparison`.
+
+    Args:
+        inputs: Inputs of the original.
+        outputs: Outputs of the original.
+    """
+
+    def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self._samples = 0
+        self._outputs = {spec.name: OutputMeter(spec.name) for spec in outputs}
+        self._classes = {
+            spec.name: ClassMeter(spec.name, may_be_logits=not _like_an_input(spec, inputs))
+            for spec in outputs
+        }
+
+    def update(
+        self,
+        wanted: Mapping[str, Array],
+        got: Mapping[str, Array],
+        samples: int,
+        labels: Array | None = None,
+    ) -> None:
+        """Add a batch of ``samples`` samples: outputs of the original and of the result.
+
+        Raises:
+            ValueError: If the shapes of an output differ.
+        """
+        for name, meter in self._outputs.items():
+            meter.update(wanted[name], got[name], samples)
+            self._classes[name].update(wanted[name], got[name], samples, labels)
+        self._samples += samples
+
+    def finish(self) -> Comparison:
+        """What everything added so far showed."""
+        return _conclude(self._samples, self._outputs, self._classes)
 
 
 def _run_original(original: Session, feeds: Mapping[str, Array], samples: int) -> dict[str, Array]:

@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console, RenderableType
 
+from onnxcompress.passes.base import Table
 from onnxcompress.report import console, terminal
 from onnxcompress.verification.compare import Comparison
 from onnxcompress.verification.gates import GateOutcome
@@ -121,6 +122,22 @@ def test_verbose_shows_everything() -> None:
 def failed(verification: Verification) -> Verification:
     missed = GateOutcome("cosine", "logits", 0.999, 0.9962, False, False)
     return dataclasses.replace(verification, gates=(missed,))
+
+
+def test_tables_of_a_pass_show_their_first_rows_and_count_the_others() -> None:
+    rows = tuple((f"node_{k}", "Conv", 30.0 + k, 7) for k in range(13))
+    table = Table("sensitivity in dB", ("node", "operator", "only it", "MACs"), rows)
+    (first, *others) = COMPRESSION.passes
+    run = dataclasses.replace(first, report=dataclasses.replace(first.report, tables=(table,)))
+    result = dataclasses.replace(COMPRESSION, passes=(run, *others))
+    short, whole = (text(terminal.compression(result, verbose=v)) for v in (False, True))
+    assert "sensitivity in dB" in short
+    assert "node_9" in short
+    assert "node_10" not in short
+    assert "and 3 more (-v shows all)" in short
+    assert "node_12" in whole
+    assert "more (-v" not in whole
+    assert row(terminal.compression(result), "node_1") == "node_1 Conv 31 7"
 
 
 def test_failures_are_told() -> None:

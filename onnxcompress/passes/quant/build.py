@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +11,13 @@ import onnx_ir as ir
 from onnxcompress import model_io, runtime
 from onnxcompress.calibration.statistics import FloatArray
 from onnxcompress.context import PassContext
-from onnxcompress.numerics.affine import Affine, activation_grid, weight_grid
+from onnxcompress.numerics.affine import (
+    Affine,
+    activation_grid,
+    is_wide,
+    weight_grid,
+    wide_grid,
+)
 from onnxcompress.passes.quant.correction import (
     Correction,
     Quantized,
@@ -22,7 +28,13 @@ from onnxcompress.passes.quant.insertion import insert
 from onnxcompress.passes.quant.kernels import unfused
 from onnxcompress.passes.quant.measure import Measured, choose_affines, few_samples, measure
 from onnxcompress.passes.quant.operators import Kind, data_inputs
-from onnxcompress.passes.quant.options import BiasCorrection, QuantOptions, RangeMethod, Rounding
+from onnxcompress.passes.quant.options import (
+    Activations,
+    BiasCorrection,
+    QuantOptions,
+    RangeMethod,
+    Rounding,
+)
 from onnxcompress.passes.quant.parameters import (
     Layer,
     make_groups,
@@ -30,7 +42,10 @@ from onnxcompress.passes.quant.parameters import (
     range_affines,
 )
 from onnxcompress.passes.quant.placement import Network, Plan, make_plan
+from onnxcompress.passes.quant.precision import store_half, wide_points
+from onnxcompress.passes.quant.variants import Kit
 from onnxcompress.runtime import SessionSettings
+from onnxcompress.search.reference import Reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +58,7 @@ class Built:
         layers: The integer weight of every weighted node.
         correction: What the comparison with the float network showed.
         method: How the ranges were chosen.
+        halves: Float nodes whose weights are stored in float16.
     """
 
     plan: Plan
@@ -50,6 +66,7 @@ class Built:
     layers: Mapping[str, Layer]
     correction: Correction
     method: RangeMethod
+    halves: frozenset[str] = frozenset()
 
     def worst_output(self) -> float:
         """SQNR in dB of the output that is farthest from float, on the calibration samples."""
@@ -71,9 +88,8 @@ class Builder:
         self.network = Network(model, symmetric=target.symmetric_activations)
         self._options = options
         self._ctx = ctx
-        self._grid = activation_grid(
-            target.activation_dtype, symmetric=target.symmetric_activations
-        )
+        grid = activation_grid(target.activation_dtype, symmetric=target.symmetric_activations)
+        self._grid = wide_grid(grid) if options.activations is Activations.INT16 else grid
         self._weight_grid = weight_grid(reduce_range=target.reduce_range)
         # TensorRT reads the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
         self._integer_moves = target.name != "cuda"
@@ -126,22 +142,40 @@ class Builder:
             dropped, chosen = dropped | lost, chosen - lost
         return chosen, dropped
 
-    def careful(self, chosen: frozenset[str]) -> Built:
-        """The model with the scales, weights and biases that the options ask for."""
+    def careful(
+        self,
+        chosen: frozenset[str],
+        *,
+        wide: frozenset[str] = frozenset(),
+        halves: frozenset[str] = frozenset(),
+    ) -> Built:
+        """The model with the scales, weights and biases that the options ask for.
+
+        Args:
+            chosen: Nodes on integers.
+            wide: Those of them with 16-bit activations.
+            halves: Float nodes whose weights are stored in float16.
+        """
         plan = make_plan(self.network, chosen)
         method = self._options.ranges
+        if is_wide(self._grid):
+            method = RangeMethod.MINMAX  # nothing is to be gained by clipping 16 bits
         if method is RangeMethod.AUTO:
             few = few_samples(self._ctx)
             method = max(
                 (RangeMethod.MSE, RangeMethod.MINMAX),
-                key=lambda m: self._calibrated(plan, m, few).worst_output(),
+                key=lambda m: self._calibrated(plan, m, wide, few).worst_output(),
             )
-        return self._calibrated(plan, method, self._ctx)
+        return replace(self._calibrated(plan, method, wide, self._ctx), halves=halves)
 
-    def _calibrated(self, plan: Plan, method: RangeMethod, ctx: PassContext) -> Built:
+    def _calibrated(
+        self, plan: Plan, method: RangeMethod, wide: frozenset[str], ctx: PassContext
+    ) -> Built:
         """The model with one way of choosing ranges, its biases corrected on the data of ``ctx``."""
         groups = make_groups(self.network, plan, self._measured.ranges)
         affines = choose_affines(self._measured, groups, self._grid, method)
+        wides = range_affines(groups, wide_grid(self._grid))
+        affines |= {point: wides[point] for point in wide_points(self.network, plan, wide)}
         layers = self._layers(plan, affines, self._measured.covariances)
         quantized = self.write(plan, affines, layers)
         corrected = self._corrected(self._weighted(plan))
@@ -169,6 +203,44 @@ class Builder:
             for name, node in weighted.items()
             if wanted and node.op_type != "MatMul" and node.outputs[0].shape is not None
         }
+
+    def kit(self, built: Built, chosen: frozenset[str], reference: Reference) -> Kit:
+        """What versions of ``built`` are made from.
+
+        Args:
+            built: The model with all of ``chosen`` on integers.
+            chosen: Nodes on integers.
+            reference: Samples, and what the original makes of them.
+        """
+        groups = make_groups(self.network, built.plan, self._measured.ranges)
+        return Kit(
+            chosen=chosen,
+            plan=built.plan,
+            affines=built.affines,
+            wides=range_affines(groups, wide_grid(self._grid)),
+            layers=built.layers,
+            weight_grid=self._weight_grid,
+            per_channel=self._options.per_channel,
+            symmetric=self.network.symmetric,
+            integer_moves=self._integer_moves,
+            settings=SessionSettings(providers=self._ctx.session.providers, threads=1),
+            reference=reference,
+        )
+
+    def model_of(self, built: Built) -> ir.Model:
+        """A copy of the float model with everything of ``built`` written into it."""
+        model = self.write(built.plan, built.affines, built.layers).model
+        store_half(model, built.halves)
+        return model
+
+    def part_of(self, built: Built, chosen: frozenset[str]) -> ir.Model:
+        """The model with some of the nodes of ``built`` on integers, none for the float model."""
+        plan = make_plan(self.network, chosen)
+        layers = {name: built.layers[name] for name in plan.nodes if name in built.layers}
+        affines = {point: built.affines[point] for point in plan.points}
+        model = self.write(plan, affines, layers).model
+        store_half(model, built.halves)
+        return model
 
     def check_nodes(self, built: Built) -> dict[str, float]:
         """SQNR in dB of each node's own output, its inputs being right."""

@@ -150,6 +150,7 @@ class _Pair:
         self._floats = _values(graph)
         self._float_nodes = {n.name: n for n in graph if n.name}
         copy = quantized.model.clone()
+        self.model.opset_imports.update(copy.opset_imports)
         twins = _values(copy.graph)
         self._reals = {point: twins[name] for point, name in quantized.reals.items()}
         self._twins = twins | self._reals
@@ -204,11 +205,13 @@ class _Pair:
             if dq is None:
                 continue
             scale, zero = dq.inputs[1], dq.inputs[2]
-            integer = self._add("QuantizeLinear", [self._floats[point], scale, zero], real)
+            integer = self._add(
+                "QuantizeLinear", [self._floats[point], scale, zero], real, domain=dq.domain
+            )
             integer.type = ir.TensorType(
                 zero.dtype if zero is not None and zero.dtype else ir.DataType.UINT8
             )
-            fresh = self._add("DequantizeLinear", [integer, scale, zero], real)
+            fresh = self._add("DequantizeLinear", [integer, scale, zero], real, domain=dq.domain)
             raw = dq.inputs[0]
             real.replace_all_uses_with(fresh)
             if raw is None:
@@ -264,13 +267,19 @@ class _Pair:
         inputs: Sequence[ir.Value | None],
         like: ir.Value,
         attributes: Mapping[str, int | list[int]] | None = None,
+        domain: str = "",
     ) -> ir.Value:
         name = f"{like.name}/quant_{op_type.lower()}"
         output = ir.Value(
             name=self._namer.value(name), shape=like.shape, type=ir.TensorType(ir.DataType.FLOAT)
         )
         node = ir.node(
-            op_type, inputs, dict(attributes or {}), outputs=[output], name=self._namer.node(name)
+            op_type,
+            inputs,
+            dict(attributes or {}),
+            outputs=[output],
+            domain=domain,
+            name=self._namer.node(name),
         )
         self.model.graph.append(node)
         return output

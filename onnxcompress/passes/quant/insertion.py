@@ -16,13 +16,17 @@ import onnx_ir as ir
 
 from onnxcompress.graph.constants import Array
 from onnxcompress.graph.naming import Namer
-from onnxcompress.numerics.affine import Affine, IntArray
+from onnxcompress.numerics.affine import Affine, IntArray, is_wide
 from onnxcompress.passes.quant.operators import BIAS, WEIGHT, data_inputs, rule_of
 from onnxcompress.passes.quant.parameters import Layer
 from onnxcompress.passes.quant.placement import CLIMBED, Plan
 
 _SHAPE_READERS = frozenset({"Shape", "Size"})
 """Readers that look at the shape alone: reading the integers saves them a way back to float."""
+
+_WIDE_OPSET = 21
+_ORT_DOMAIN = "com.microsoft"
+_BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 
 _SELF_QUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 """Float operators that onnxruntime quantizes by itself between two integer regions."""
@@ -56,6 +60,7 @@ class _Writer:
     def __init__(
         self, model: ir.Model, plan: Plan, affines: Mapping[str, Affine], integer_moves: bool
     ) -> None:
+        self._model = model
         self._graph = model.graph
         self._namer = Namer(model)
         self._plan = plan
@@ -155,8 +160,11 @@ class _Writer:
         real = self._new_value(value, f"{name}/quant_real", ir.DataType.FLOAT)
         if is_output:
             real.name = name
-        q = self._node("QuantizeLinear", [source, scale, zero], integer, f"{name}/quant_q")
-        dq = self._node("DequantizeLinear", [integer, scale, zero], real, f"{name}/quant_dq")
+        domain = self._domain(affine)
+        q = self._node("QuantizeLinear", [source, scale, zero], integer, f"{name}/quant_q", domain)
+        dq = self._node(
+            "DequantizeLinear", [integer, scale, zero], real, f"{name}/quant_dq", domain
+        )
         self._insert_after(source, q, dq)
         self._integers[real] = integer
         self._reals[name] = real
@@ -165,6 +173,13 @@ class _Writer:
             node.replace_input_with(place, integer if shape_only else real)
         if is_output:
             self._graph.outputs[list(self._graph.outputs).index(value)] = real
+
+    def _domain(self, affine: Affine) -> str:
+        """Where Q and DQ of a grid are defined: 16 bits are standard from operator set 21 on."""
+        if not is_wide(affine.grid) or self._model.opset_imports.get("", 0) >= _WIDE_OPSET:
+            return ""
+        self._model.opset_imports.setdefault(_ORT_DOMAIN, 1)
+        return _ORT_DOMAIN
 
     def _shield(self, value: ir.Value, affine: Affine, name: str) -> ir.Value:
         """A Clip that changes no integer and over which onnxruntime moves no QuantizeLinear.
@@ -223,6 +238,7 @@ class _Writer:
         inputs: list[ir.Value],
         output: ir.Value,
         name: str,
+        domain: str = "",
         attributes: Mapping[str, int] | None = None,
     ) -> ir.Node:
         return ir.node(
@@ -230,6 +246,7 @@ class _Writer:
             inputs=inputs,
             outputs=[output],
             attributes=dict(attributes or {}),
+            domain=domain,
             name=self._namer.node(name),
         )
 
@@ -243,6 +260,8 @@ class _Writer:
         if [r.op_type for r in readers] != ["QuantizeLinear"]:
             return
         q = readers[0]
+        if q.inputs[2] is None or q.inputs[2].dtype not in _BYTES:
+            return  # onnxruntime pads no 16-bit integers
         written = q.outputs[0]
         node.replace_input_with(0, self._integers[source])
         if node.op_type == "Pad":
@@ -285,7 +304,11 @@ class _Writer:
         real = self._new_value(stored, f"{name}/quant_real", ir.DataType.FLOAT)
         attributes = {} if axis is None else {"axis": axis}
         dq = self._node(
-            "DequantizeLinear", [stored, scale, zero], real, f"{name}/quant_dq", attributes
+            "DequantizeLinear",
+            [stored, scale, zero],
+            real,
+            f"{name}/quant_dq",
+            attributes=attributes,
         )
         self._graph.insert_before(node, dq)
         if place >= len(node.inputs):

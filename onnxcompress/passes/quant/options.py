@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from onnxcompress.errors import UsageError
 from onnxcompress.passes.base import PassOptions, option
+from onnxcompress.passes.quant.precision import AUTO, FALLBACKS
 
 
 class RangeMethod(enum.Enum):
@@ -38,6 +39,13 @@ class Objective(enum.Enum):
 
     LATENCY = "latency"
     SIZE = "size"
+
+
+class Activations(enum.Enum):
+    """Width of the integers that values between nodes become."""
+
+    INT8 = "int8"
+    INT16 = "int16"
 
 
 class Format(enum.Enum):
@@ -78,8 +86,22 @@ class QuantOptions(PassOptions):
     )
     exclude: tuple[str, ...] = option((), "leave nodes in float whose name matches a pattern")
     op_types: tuple[str, ...] = option((), "quantize only these operators, e.g. Conv,Gemm")
+    activations: Activations = option(
+        Activations.INT8, "int8, or int16: 16-bit values between nodes, 8-bit weights"
+    )
     min_sqnr_db: float = option(
-        10.0, "nodes whose output is farther than this from float go back to float", minimum=-100.0
+        10.0, "least SQNR in dB of each node's own output, and of the outputs", minimum=-100.0
+    )
+    fallback: tuple[str, ...] = option(
+        (AUTO,),
+        "what nodes are lifted to until the limits hold, of int16, float16, float; auto: what is "
+        "cheap for target and objective",
+    )
+    sensitivity: bool = option(
+        False, "measure what each node costs the outputs even where no limit asks for it"
+    )
+    sensitivity_nodes: int = option(
+        64, "most nodes whose cost for the outputs is measured", minimum=1
     )
     search_seconds: float = option(
         30.0,
@@ -102,3 +124,9 @@ class QuantOptions(PassOptions):
         for name in self.op_types:
             if not name.isidentifier():
                 raise UsageError(f"option {owner}.op_types names no operator: '{name}'")
+        known = [precision.value for precision in FALLBACKS]
+        if self.fallback != (AUTO,) and not (self.fallback and set(self.fallback) <= set(known)):
+            raise UsageError(
+                f"option {owner}.fallback is '{','.join(self.fallback)}'",
+                hint=f"Use {AUTO}, or some of {', '.join(known)}.",
+            )

@@ -97,6 +97,10 @@ class Network:
         """The rule of a node that has one."""
         return self._rules[name]
 
+    def has_rule(self, name: str) -> bool:
+        """Whether a node has a rule."""
+        return name in self._rules
+
     def of_kind(self, kind: Kind) -> Iterator[ir.Node]:
         """Nodes of a kind that can be quantized, in graph order."""
         for name, rule in self._rules.items():

@@ -14,14 +14,18 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes.base import Change, PassReport, Skip, Stage
-from onnxcompress.passes.quant.build import Builder, Built
+from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
-from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.passes.quant.options import Activations, Objective, QuantOptions
 from onnxcompress.passes.quant.placement import Network
+from onnxcompress.passes.quant.precision import Precision, store_half
 from onnxcompress.passes.quant.prepare import prepare
+from onnxcompress.passes.quant.regions import repair
 from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
 from onnxcompress.runtime import SessionSettings, open_session
+from onnxcompress.search.goals import Goals
 from onnxcompress.targets import detect_target
 
 _MIN_OPSET = 13
@@ -43,9 +47,6 @@ _GAINS = 1.02
 
 _FINAL_SECONDS = 1.5
 """Time to compare the result with float."""
-
-_CHECK_ROUNDS = 3
-"""How often nodes that cannot keep their output are put back to float."""
 
 
 class QuantPass:
@@ -185,6 +186,7 @@ class _Run:
         self._work = model_io.clone(model)
         self._prepared = prepare(self._work)
         self._builder = Builder(self._work, options, ctx)
+        self._mixer = Mixer(self._builder, options, ctx)
         self._skips: dict[str, Skip] = {}
         self._notes: list[str] = []
         self._figures: dict[str, float | int | str] = {}
@@ -199,21 +201,23 @@ class _Run:
         allowed = self._fusible(allowed)
         if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
             return self._left_in_float("No convolution or matrix product can run on integers.")
-        chosen = self._placed(allowed)
-        built = self._sound(chosen)
-        if built is None:
+        mixed = self._mixed(self._placed(allowed))
+        if mixed is None:
             return self._left_in_float(
-                f"On integers the outputs stay below {self._options.min_sqnr_db:g} dB, so the "
-                "model was left as it is."
+                f"On integers the outputs stay below {self._wanted()}, so the model was left as it "
+                "is."
             )
-        if not self._pays(built):
+        mixed = self._not_slower(mixed)
+        if mixed is None:
             return self._left_in_float(
                 "On integers this model is slower than in float here, so it was left as it is "
                 "(objective=size quantizes it all the same)."
             )
+        built = mixed.built
         prepare(self._model)
         self._builder.write_into(self._model, built.plan, built.affines, built.layers)
-        return self._done(built)
+        store_half(self._model, built.halves)
+        return self._done(mixed)
 
     def _reject(self, names: Iterable[str], reason: str) -> None:
         for name in names:
@@ -229,13 +233,20 @@ class _Run:
     def _fusible(self, allowed: frozenset[str]) -> frozenset[str]:
         if not self._runs_here():
             return allowed
+        if self._options.activations is Activations.INT16:
+            self._notes.append(
+                "CPUs have no kernels for 16-bit activations: here each node computes in float "
+                "between two of them, slower than float alone."
+            )
+            return allowed
         allowed, lost = self._builder.fused(allowed)
         self._reject(lost, "onnxruntime has no integer kernel for it")
         return allowed
 
     def _placed(self, allowed: frozenset[str]) -> frozenset[str]:
         """The fastest placement; all of ``allowed`` where the clock has no say."""
-        if self._options.objective is Objective.SIZE:
+        wide = self._options.activations is Activations.INT16
+        if self._options.objective is Objective.SIZE or wide:
             return chosen_by(self._builder.network, allowed, Candidate(pools=True))
         candidate = default_candidate(self._builder.network, allowed)
         same_machine = self._ctx.target == detect_target()
@@ -263,47 +274,79 @@ class _Run:
         self._reject(allowed - chosen, "in float the model is faster by the clock")
         return chosen
 
-    def _sound(self, chosen: frozenset[str]) -> Built | None:
-        """Quantize with care; nodes that cannot keep their output go back to float."""
-        least = self._options.min_sqnr_db
-        network = self._builder.network
-        for _ in range(_CHECK_ROUNDS):
-            if not any(network.rule(name).kind is Kind.WEIGHTED for name in chosen):
-                return None
-            built = self._builder.careful(chosen)
-            worst = built.worst_output()
-            ratios = self._builder.check_nodes(built)
-            bad = {name for name, ratio in ratios.items() if ratio < least}
-            if not bad and worst < least:
-                bad = set(sorted(ratios, key=ratios.__getitem__)[: max(len(ratios) // 4, 1)])
-            if not bad:
-                return built
-            for name in bad:
-                self._reject([name], f"its output keeps only {ratios[name]:.1f} dB on integers")
-            chosen -= bad
-        return None
+    def _mixed(self, chosen: frozenset[str]) -> Mixed | None:
+        """Quantize with care; what cannot keep what is asked for is lifted off 8-bit integers."""
+        mixed = self._mixer.mix(chosen)
+        for name, ratio in self._mixer.lost.items():
+            self._reject([name], f"its output keeps only {ratio:.1f} dB on integers")
+        self._notes += self._mixer.notes
+        if mixed is not None:
+            self._figures |= mixed.figures
+        return mixed
 
-    def _pays(self, built: Built) -> bool:
-        """Time the result against float; whether it is worth shipping."""
-        timed = self._options.objective is Objective.LATENCY and self._runs_here()
-        if not timed or self._ctx.target != detect_target() or self._ctx.calibration is None:
-            return True
-        settings = SessionSettings(threads=1)
-        quantized = self._builder.write(built.plan, built.affines, built.layers).model
-        sessions = [open_session(self._work, settings), open_session(quantized, settings)]
-        feeds = self._ctx.calibration.first()
-        for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
-            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience)
-            ratio = times[0] / times[1]
-            if ratio >= _LOSES:
-                break
+    def _wanted(self) -> str:
+        """The limits in words."""
+        return str(Goals(self._ctx.goals, self._options.min_sqnr_db))
+
+    def _timed(self) -> bool:
+        """Whether a result that is slower than float is not wanted, and the clock can tell."""
+        return (
+            self._options.objective is Objective.LATENCY
+            and self._options.activations is Activations.INT8
+            and self._runs_here()
+            and self._ctx.target == detect_target()
+            and self._ctx.calibration is not None
+        )
+
+    def _not_slower(self, mixed: Mixed) -> Mixed | None:
+        """Time the result against float; parts that are slower go back to float."""
+        if not self._timed():
+            return mixed
+        ratio = self._speed_ratio(mixed)
+        if ratio < _LOSES:
+            fewer = self._without_slow_parts(mixed)
+            if fewer is None:
+                self._figures["speed_ratio"] = round(ratio, 3)
+                return None
+            mixed, ratio = fewer
         self._figures["speed_ratio"] = round(ratio, 3)
         if _LOSES <= ratio < _GAINS:
             self._notes.append(
                 "Integers make this model smaller but not faster here "
                 f"({ratio:.2f}x the speed of float with one thread)."
             )
-        return ratio >= _LOSES
+        return mixed if ratio >= _LOSES else None
+
+    def _speed_ratio(self, mixed: Mixed) -> float:
+        """Time of float over time of the result, one thread, one sample."""
+        assert self._ctx.calibration is not None  # noqa: S101 - _timed() looked
+        settings = SessionSettings(threads=1)
+        quantized = self._builder.model_of(mixed.built)
+        sessions = [open_session(self._work, settings), open_session(quantized, settings)]
+        feeds = self._ctx.calibration.first()
+        for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
+            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience)
+            if times[0] / times[1] >= _LOSES:
+                break
+        return times[0] / times[1]
+
+    def _without_slow_parts(self, mixed: Mixed) -> tuple[Mixed, float] | None:
+        """The result with slow parts in float, and its speed; None where no part is fast enough."""
+        assert self._ctx.calibration is not None  # noqa: S101 - _timed() looked
+        found = repair(
+            self._builder.network,
+            mixed.chosen,
+            lambda chosen: self._builder.part_of(mixed.built, chosen),
+            self._ctx.calibration.first(),
+            seconds=self._options.search_seconds,
+            progress=self._ctx.progress,
+        )
+        self._figures["regions_timed"] = found.timed
+        fewer = self._mixer.rebuilt(mixed, found.chosen)
+        if fewer is None:
+            return None
+        self._reject(mixed.chosen - found.chosen, "in float the model is faster by the clock")
+        return fewer, self._speed_ratio(fewer)
 
     def _left_in_float(self, note: str) -> PassReport:
         return PassReport(
@@ -312,12 +355,13 @@ class _Run:
             notes=(*self._notes, note),
         )
 
-    def _done(self, built: Built) -> PassReport:
+    def _done(self, mixed: Mixed) -> PassReport:
+        built = mixed.built
         network = self._builder.network
         changes = list(self._prepared)
         for name in built.plan.nodes:
             layer = built.layers.get(name)
-            how = "runs on 8-bit integers"
+            how = f"runs on {16 if name in self._wide(mixed) else 8}-bit integers"
             if layer is not None:
                 how += ", weights rounded " + (
                     "with error feedback" if layer.feedback else "to nearest"
@@ -331,6 +375,13 @@ class _Run:
                     f"performed by the scale of '{node}'",
                 )
             )
+        for name in sorted(built.halves):
+            changes.append(
+                Change(name, network.nodes[name].op_type, "weights stored in float16, for accuracy")
+            )
+        for name, precision in mixed.lifted.items():
+            if precision is Precision.FLOAT:
+                self._reject([name], "lifted to float: the limits on the outputs need it")
         for name in {s for s in self._skips if s in built.plan.nodes}:
             del self._skips[name]
         ratios = built.correction.output_sqnr_db
@@ -347,4 +398,11 @@ class _Run:
             skips=tuple(self._skips.values()),
             figures=self._figures,
             notes=tuple(self._notes),
+            tables=mixed.tables,
         )
+
+    def _wide(self, mixed: Mixed) -> frozenset[str]:
+        """Nodes with 16-bit activations."""
+        if self._options.activations is Activations.INT16:
+            return frozenset(mixed.built.plan.nodes)
+        return mixed.wide

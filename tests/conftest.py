@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from onnxcompress.cache import VARIABLE
+
+
+def pytest_configure() -> None:
+    """Keep placements of tests (timed by fake clocks, too) out of the user's cache."""
+    os.environ[VARIABLE] = "off"
+
 
 @pytest.fixture(scope="session")
 def zoo() -> Path:

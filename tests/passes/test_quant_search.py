@@ -48,9 +48,9 @@ def _search(monkeypatch: pytest.MonkeyPatch, model: ir.Model, cost: Cost) -> sea
     kept: list[Session] = []
 
     def fake_times(
-        sessions: Sequence[Session], feeds: Mapping[str, Array], *, seconds: float
+        sessions: Sequence[Session], feeds: Mapping[str, Array], *, seconds: float, decide: bool
     ) -> list[float]:
-        del feeds, seconds
+        del feeds, seconds, decide
         return [cost(built[id(s)]) for s in sessions]
 
     monkeypatch.setattr(search, "open_session", fake_open)

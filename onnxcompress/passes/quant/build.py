@@ -48,6 +48,10 @@ from onnxcompress.runtime import SessionSettings
 from onnxcompress.search.reference import Reference
 
 
+_CLEARLY_DB = 10.0
+"""Outputs better than the least SQNR by this need no look at single nodes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """A quantized model and what it was made from.
@@ -71,6 +75,10 @@ class Built:
     def worst_output(self) -> float:
         """SQNR in dB of the output that is farthest from float, on the calibration samples."""
         return min(self.correction.output_sqnr_db.values(), default=np.inf)
+
+    def clearly_keeps(self, least: float) -> bool:
+        """Whether the outputs are so much better than ``least`` dB that no node can be at fault."""
+        return bool(self.correction.output_sqnr_db) and self.worst_output() >= least + _CLEARLY_DB
 
 
 class Builder:
@@ -160,13 +168,17 @@ class Builder:
         method = self._options.ranges
         if is_wide(self._grid):
             method = RangeMethod.MINMAX  # nothing is to be gained by clipping 16 bits
-        if method is RangeMethod.AUTO:
-            few = few_samples(self._ctx)
-            method = max(
-                (RangeMethod.MSE, RangeMethod.MINMAX),
-                key=lambda m: self._calibrated(plan, m, wide, few).worst_output(),
-            )
-        return replace(self._calibrated(plan, method, wide, self._ctx), halves=halves)
+        if method is not RangeMethod.AUTO:
+            return replace(self._calibrated(plan, method, wide, self._ctx), halves=halves)
+        few = few_samples(self._ctx)
+        best = max(
+            (self._calibrated(plan, m, wide, few) for m in (RangeMethod.MSE, RangeMethod.MINMAX)),
+            key=Built.worst_output,
+        )
+        # Few samples show which ranges are better; what biases lack needs them all.
+        if few is not self._ctx and best.correction.shifts:
+            best = self._calibrated(plan, best.method, wide, self._ctx)
+        return replace(best, halves=halves)
 
     def _calibrated(
         self, plan: Plan, method: RangeMethod, wide: frozenset[str], ctx: PassContext

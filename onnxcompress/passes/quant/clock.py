@@ -21,6 +21,9 @@ _MIN_ROUNDS = 7
 _MAX_ROUNDS = 150
 _WARMUP_RUNS = 3
 
+_CLEAR = 1.05
+"""Slower by this factor, a model will not turn out to be the fastest."""
+
 
 def _clock() -> Callable[[], float]:
     """Processor time of this thread where it is fine enough, else the wall clock (Windows)."""
@@ -29,30 +32,50 @@ def _clock() -> Callable[[], float]:
 
 
 def run_times(
-    sessions: Sequence[Session], feeds: Mapping[str, Array], *, seconds: float
+    sessions: Sequence[Session],
+    feeds: Mapping[str, Array],
+    *,
+    seconds: float,
+    decide: bool = False,
 ) -> list[float]:
     """Time of one run of each model, in seconds.
 
     Args:
         sessions: Models opened with one thread.
         feeds: One run's inputs.
-        seconds: About how long to measure all of them.
+        seconds: About how long to measure all of them, at most.
+        decide: Measure only until it is clear which one is fastest: models that clearly are not
+            drop out early, and the times of what is left need not be as exact.
     """
     clock = _clock()
+    stop = time.monotonic() + seconds
     counts = []
     for session in sessions:
         for _ in range(_WARMUP_RUNS):
-            session.run(feeds)
+            if _block(session, feeds, 1, clock) > _BLOCK_SECONDS:
+                break
         counts.append(max(1, int(_BLOCK_SECONDS / max(_block(session, feeds, 1, clock), 1e-7))))
     times: list[list[float]] = [[] for _ in sessions]
     places = list(range(len(sessions)))
-    stop = time.monotonic() + seconds
     for turn in range(_MAX_ROUNDS):
-        if turn >= _MIN_ROUNDS and time.monotonic() > stop:
+        if turn >= _MIN_ROUNDS and (time.monotonic() > stop or (decide and len(places) < 2)):
             break
         for place in places if turn % 2 == 0 else reversed(places):
             times[place].append(_block(sessions[place], feeds, counts[place], clock))
+        if decide and turn + 1 >= _MIN_ROUNDS:
+            places = _in_the_race(times, places)
     return [float(np.quantile(each, 0.25)) for each in times]
+
+
+def _in_the_race(times: Sequence[Sequence[float]], places: Sequence[int]) -> list[int]:
+    """Those that were not slower than the fastest by ``_CLEAR`` in three of four turns."""
+    lead = min(places, key=lambda place: float(np.quantile(times[place], 0.25)))
+    leading = np.asarray(times[lead])
+    return [
+        place
+        for place in places
+        if place == lead or np.quantile(np.asarray(times[place]) / leading, 0.25) < _CLEAR
+    ]
 
 
 def _block(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.calibration.dataset import Dataset
 from onnxcompress.calibration.geometry import unfold_of
 from onnxcompress.calibration.statistics import (
     ConvUnfold,
@@ -42,7 +41,7 @@ _MAX_ELEMENTS = 1 << 21
 _BINNED = frozenset({RangeMethod.AUTO, RangeMethod.MSE})
 """Ways to choose ranges that need histograms."""
 
-_ROWS_PER_COLUMN = 16
+_ROWS_PER_COLUMN = 8
 _MIN_ROWS = 4096
 
 
@@ -145,11 +144,10 @@ def choose_affines(
 
 def few_samples(ctx: PassContext) -> PassContext:
     """The job with fewer samples, to find nodes that fail; scales and biases need them all."""
-    return ctx if ctx.calibration is None else replace(ctx, calibration=_first(ctx.calibration))
-
-
-def _first(samples: Dataset) -> Dataset:
-    return samples.take(min(samples.sample_count, _FEW_SAMPLES))
+    samples = ctx.calibration
+    if samples is None or samples.sample_count <= _FEW_SAMPLES:
+        return ctx
+    return replace(ctx, calibration=samples.take(_FEW_SAMPLES))
 
 
 def _moment_requests(nodes: Mapping[str, ir.Node]) -> dict[str, MomentsRequest]:

@@ -161,6 +161,9 @@ class Mixer:
             if not self._has_weights(chosen):
                 return None
             built = self._builder.careful(chosen)
+            easy = self._ctx.goals.are_default and not self._options.sensitivity
+            if easy and built.clearly_keeps(self._options.min_sqnr_db):
+                return chosen, built, {}
             ratios = self._builder.check_nodes(built)
             bad = {n: r for n, r in ratios.items() if r < self._options.min_sqnr_db}
             if not bad:

@@ -104,9 +104,12 @@ class QuantOptions(PassOptions):
         64, "most nodes whose cost for the outputs is measured", minimum=1
     )
     search_seconds: float = option(
-        30.0,
+        5.0,
         "most time for timing placements (objective=latency); 0 takes the default one",
         minimum=0.0,
+    )
+    cache: bool = option(
+        True, "take a placement found before for the same model and machine, and keep new ones"
     )
     format: Format = option(
         Format.QDQ, "qdq: QuantizeLinear and DequantizeLinear around float operators"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
+from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
 from onnxcompress.passes.quant.options import Activations, Objective, QuantOptions
 from onnxcompress.passes.quant.placement import Network
@@ -24,7 +25,7 @@ from onnxcompress.passes.quant.precision import Precision, store_half
 from onnxcompress.passes.quant.prepare import prepare
 from onnxcompress.passes.quant.regions import repair
 from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
-from onnxcompress.runtime import SessionSettings, open_session
+from onnxcompress.runtime import Array, SessionSettings, open_session
 from onnxcompress.search.goals import Goals
 from onnxcompress.targets import detect_target
 
@@ -256,23 +257,38 @@ class _Run:
                 "CPU of this machine."
             )
         elif self._options.search_seconds > 0:
-            found = search(
-                self._builder.network,
-                allowed,
-                lambda chosen: self._builder.rough(chosen)[1],
-                self._ctx.calibration.first(),
-                seconds=self._options.search_seconds,
-                progress=self._ctx.progress,
-            )
-            candidate = found.candidate
-            self._figures |= {
-                "placements_timed": found.timed,
-                "search_seconds": round(found.seconds, 1),
-            }
+            candidate = self._fastest(allowed, self._ctx.calibration.first())
         chosen = chosen_by(self._builder.network, allowed, candidate)
         self._figures["placement"] = str(candidate)
         self._reject(allowed - chosen, "in float the model is faster by the clock")
         return chosen
+
+    def _fastest(self, allowed: frozenset[str], feeds: Mapping[str, Array]) -> Candidate:
+        """The fastest placement, timed here or remembered from a search for the same model."""
+        key = placement_key(self._work, allowed, feeds, self._ctx.target, self._options)
+        known = recall(key) if self._options.cache else None
+        if known is not None:
+            self._notes.append(
+                f"The placement was found before, on this kind of machine: {known.timed} were "
+                f"timed in {known.seconds:.1f} s then (quant.cache=false searches again)."
+            )
+            self._figures |= {"placements_timed": 0, "search_seconds": 0.0}
+            return known.candidate
+        found = search(
+            self._builder.network,
+            allowed,
+            lambda chosen: self._builder.rough(chosen)[1],
+            feeds,
+            seconds=self._options.search_seconds,
+            progress=self._ctx.progress,
+        )
+        if self._options.cache and not remember(key, found):
+            self._ctx.progress.log("the placement found could not be cached")
+        self._figures |= {
+            "placements_timed": found.timed,
+            "search_seconds": round(found.seconds, 1),
+        }
+        return found.candidate
 
     def _mixed(self, chosen: frozenset[str]) -> Mixed | None:
         """Quantize with care; what cannot keep what is asked for is lifted off 8-bit integers."""
@@ -325,7 +341,7 @@ class _Run:
         sessions = [open_session(self._work, settings), open_session(quantized, settings)]
         feeds = self._ctx.calibration.first()
         for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
-            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience)
+            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience, decide=True)
             if times[0] / times[1] >= _LOSES:
                 break
         return times[0] / times[1]

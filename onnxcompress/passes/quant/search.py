@@ -31,8 +31,8 @@ _HANDICAP = 1.02
 _STEM_HANDICAP = 0.99
 """The first layer holds few weights and sees the input at full precision: on a tie it is float."""
 
-_SECONDS_PER_ROUND = 0.3
-"""Time to measure for each alternative."""
+_SECONDS_PER_ROUND = 0.15
+"""Most time to measure for each alternative."""
 
 _WIDE = 1 << 30
 
@@ -149,11 +149,17 @@ def alternatives(
     joining = {n.op_type for n in network.of_kind(Kind.JOINING) if n.name in allowed}
 
     def stems(best: Candidate) -> Variants:
-        longest = min(4, len(weighted) - 1)
+        longest = min(2, len(weighted) - 1)
         return [
             (replace(best, prefix=k), _STEM_HANDICAP if k == 1 else _HANDICAP)
             for k in range(1, longest + 1)
         ]
+
+    def longer_stems(best: Candidate) -> Variants:
+        if best.prefix < 2:
+            return []
+        longest = min(4, len(weighted) - 1)
+        return [(replace(best, prefix=k), _HANDICAP) for k in range(3, longest + 1)]
 
     def depths(best: Candidate) -> Variants:
         steps = [s for s in (64, 128, 256) if min(depthwise) < s <= max(depthwise)]
@@ -171,6 +177,7 @@ def alternatives(
         yield depths
     if len(weighted) > 1:
         yield stems
+        yield longer_stems
     if {"Add", "Mul"} & joining:
         yield lambda best: [(replace(best, joins=False), _HANDICAP)]
     if joining - {"Add", "Mul", "Concat"}:
@@ -197,7 +204,7 @@ def search(
         allowed: Nodes that may run on integers.
         build: Makes the model that runs the given nodes on integers.
         feeds: One sample.
-        seconds: No further property is searched after this time.
+        seconds: No further placement is built or timed after this time.
         progress: Where to report progress.
     """
     started = time.monotonic()
@@ -220,7 +227,9 @@ def search(
                 rivals.append((candidate, handicap, open_session(build(choice), settings)))
             if len(rivals) > 1:
                 sessions = [rival for _, _, rival in rivals]
-                times = run_times(sessions, feeds, seconds=_SECONDS_PER_ROUND * len(rivals))
+                left = max(seconds - (time.monotonic() - started), 0.0)
+                longest = min(_SECONDS_PER_ROUND * len(rivals), left)
+                times = run_times(sessions, feeds, seconds=longest, decide=True)
                 timed += len(rivals) - 1
                 for (candidate, _, _), run_time in zip(rivals, times, strict=True):
                     progress.log(f"{run_time * 1e3:.3f} ms {candidate}")

@@ -1,62 +1,71 @@
 """The cheapest set of nodes to lift out of low precision until a model is good enough.
 
-Each node has a *gain* (noise it takes away when lifted) and a cost for each *tier* it can be lifted
-to, the cheapest tier first. Noise of different nodes adds up in good approximation, so for one tier
-the best set is near the first nodes by gain per cost (the greedy solution of the knapsack problem),
-and how many is found by bisection with real versions of the model. The cheapest tier's solution
-wins; then every lifted node, the most expensive first, is tried lower. Bisection and trimming
-measure about ``log₂ n`` versions per tier and ``trims`` more.
+Each node has a *gain*, the noise it takes away when lifted, and a set of lifts has a *cost*, which
+need not be the sum of its nodes' (two neighbours in float change between float and integer once,
+not twice). A node can be lifted to one of several *tiers*, the cheapest first.
+
+Noise of different nodes adds up in good approximation, so for one tier nodes are taken in the order
+of gain per cost that each adds (the greedy solution of the knapsack problem), and how many is found
+by bisection with real versions of the model. The cheapest tier's solution wins; then every lifted
+node is tried lower, the one that saves most first. Bisection measures about ``log₂ n`` versions per
+tier, trimming ``trims`` more.
 
 Source: Dantzig 1957, "Discrete-variable extremum problems" (the order by ratio).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 Lifted = Mapping[str, int]
 """Node to the number of its tier; nodes that are not in it stay low."""
 
+Cost = Callable[[Lifted], float]
+"""Cost of a set of lifts in any unit; that of no lifts is subtracted."""
 
 Completed = Callable[[Lifted], Lifted]
 """Adds the nodes that cannot stay low without those lifted, as an Add of a value now in float."""
 
+_FREE = 1e-12
+"""Share of the cost of all lifts below which a lift counts as free."""
 
-@dataclass(frozen=True, slots=True)
-class Lift:
-    """What lifting one node brings and costs.
 
-    Attributes:
-        node: Its name.
-        gain: Noise that it takes away; only the proportions matter.
-        costs: Cost in each tier, in any unit; at least 0.
+def order_by_gain(
+    gains: Mapping[str, float], tier: int, cost: Cost, completed: Completed = dict
+) -> list[str]:
+    """Nodes in the order to take them: each next one has the most gain per cost it adds.
+
+    Args:
+        gains: Node to the noise it takes away; only the proportions matter.
+        tier: The tier to lift to.
+        cost: Cost of a set.
+        completed: Adds the nodes that fall with others; their gains count with them.
     """
-
-    node: str
-    gain: float
-    costs: tuple[float, ...]
-
-
-def by_gain(lifts: Sequence[Lift], tier: int, completed: Completed = dict) -> list[Lift]:
-    """Lifts in the order to take them: the most gain per cost first, by name where equal."""
-
-    def key(lift: Lift) -> tuple[float, str]:
-        cost = cost_of(lifts, completed({lift.node: tier}))
-        return -max(lift.gain, 0.0) / max(cost, 1e-30), lift.node
-
-    return sorted(lifts, key=key)
-
-
-def cost_of(lifts: Sequence[Lift], lifted: Lifted) -> float:
-    """Sum of the costs of the nodes lifted."""
-    return sum(lift.costs[lifted[lift.node]] for lift in lifts if lift.node in lifted)
+    left = {node: max(gain, 0.0) for node, gain in gains.items()}
+    taken: Lifted = {}
+    free = _FREE * max(cost(dict.fromkeys(gains, tier)), 1e-300)
+    order: list[str] = []
+    spent = cost(taken)
+    while left:
+        best, best_key = "", (-1.0, "")
+        for node in sorted(left):
+            with_it = completed({**taken, node: tier})
+            gain = sum(left.get(n, 0.0) for n in with_it if n not in taken)
+            ratio = gain / max(cost(with_it) - spent, free)
+            if ratio > best_key[0]:
+                best, best_key = node, (ratio, node)
+        taken = completed({**taken, best: tier})
+        spent = cost(taken)
+        order.append(best)
+        left = {node: gain for node, gain in left.items() if node not in taken}
+    return order
 
 
 def cheapest(
-    lifts: Sequence[Lift],
+    gains: Mapping[str, float],
     holds: Callable[[Lifted], bool],
     *,
+    cost: Cost,
     tiers: int,
     trims: int,
     completed: Completed = dict,
@@ -64,9 +73,10 @@ def cheapest(
     """A cheap set of lifts with which the model is good enough.
 
     Args:
-        lifts: All nodes that can be lifted.
+        gains: Node to the noise it takes away, for all nodes that can be lifted.
         holds: Whether the model is good enough with some nodes lifted; measured at most once per
             set.
+        cost: Cost of a set.
         tiers: Number of tiers.
         trims: Most measurements to make the set cheaper.
         completed: Adds the nodes that fall with others.
@@ -85,58 +95,63 @@ def cheapest(
 
     if asked({}):
         return {}
-    prefixes = [_prefix(lifts, tier, asked, completed) for tier in range(tiers)]
+    prefixes = [_prefix(gains, tier, asked, cost, completed) for tier in range(tiers)]
     found = [lifted for lifted in prefixes if lifted is not None]
     if not found:
         return None
-    best = min(found, key=lambda lifted: cost_of(lifts, lifted))
-    return _trimmed(lifts, best, asked, trims, completed)
+    return _trimmed(min(found, key=cost), asked, cost, completed, tiers=tiers, trims=trims)
 
 
 def _prefix(
-    lifts: Sequence[Lift], tier: int, holds: Callable[[Lifted], bool], completed: Completed
+    gains: Mapping[str, float],
+    tier: int,
+    holds: Callable[[Lifted], bool],
+    cost: Cost,
+    completed: Completed,
 ) -> Lifted | None:
     """The shortest beginning of the order that suffices; None when not even all nodes do."""
-    order = [lift.node for lift in by_gain(lifts, tier, completed)]
-
-    def first(count: int) -> Lifted:
-        return completed(dict.fromkeys(order[:count], tier))
-
-    low, high = 0, len(order)  # `low` nodes do not suffice, `high` do
-    if not order or not holds(first(high)):
+    if not gains or not holds(completed(dict.fromkeys(gains, tier))):
         return None
+    order = order_by_gain(gains, tier, cost, completed)
+    low, high = 0, len(order)  # `low` nodes do not suffice, `high` do
     while high - low > 1:
         middle = (low + high) // 2
-        if holds(first(middle)):
+        if holds(completed(dict.fromkeys(order[:middle], tier))):
             high = middle
         else:
             low = middle
-    return first(high)
+    return completed(dict.fromkeys(order[:high], tier))
 
 
 def _trimmed(
-    lifts: Sequence[Lift],
     lifted: Lifted,
     holds: Callable[[Lifted], bool],
-    trims: int,
+    cost: Cost,
     completed: Completed,
+    *,
+    tiers: int,
+    trims: int,
 ) -> dict[str, int]:
-    """Put nodes back, or into a cheaper tier, where the rest suffices; the most expensive first."""
+    """Put nodes back, or into another tier, where the rest suffices; what saves most first."""
     kept = dict(lifted)
-    costs = {lift.node: lift.costs for lift in lifts}
-    for node in sorted(kept, key=lambda n: (-costs[n][kept[n]], n)):
-        if node not in kept:
-            continue
-        without = {n: t for n, t in kept.items() if n != node}
-        lower = [t for t, cost in enumerate(costs[node]) if cost < costs[node][kept[node]]]
-        for wanted in (without, *({**without, node: tier} for tier in lower)):
-            trial = completed(wanted)
-            if not trial or cost_of(lifts, trial) >= cost_of(lifts, kept):
-                continue
-            if trims <= 0:
-                return kept
-            trims -= 1
-            if holds(trial):
-                kept = dict(trial)
-                break
+    refused: set[tuple[str, int | None]] = set()
+    while trims > 0:
+        spent = cost(kept)
+        trials = []
+        for node, tier in sorted(kept.items()):
+            rest = {n: t for n, t in kept.items() if n != node}
+            for other in (None, *range(tiers)):
+                if other == tier or (node, other) in refused:
+                    continue
+                trial = completed(rest if other is None else {**rest, node: other})
+                if trial and cost(trial) < spent:
+                    trials.append((cost(trial), node, other, dict(trial)))
+        if not trials:
+            break
+        _, node, other, trial = min(trials, key=lambda each: (each[0], each[1]))
+        trims -= 1
+        if holds(trial):
+            kept = trial
+        else:
+            refused.add((node, other))
     return kept

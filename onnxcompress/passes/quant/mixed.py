@@ -15,7 +15,6 @@ One mechanism for all that a result must keep, the user's limits and ``quant.min
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from onnxcompress.passes.quant.build import Builder, Built
 from onnxcompress.passes.quant.costs import Costs
 from onnxcompress.passes.quant.operators import Kind
 from onnxcompress.passes.quant.options import Objective, QuantOptions
-from onnxcompress.passes.quant.placement import make_plan
+from onnxcompress.passes.quant.placement import Plan, make_plan
 from onnxcompress.passes.quant.precision import AUTO, Precision, fallbacks_for
 from onnxcompress.passes.quant.variants import (
     Bench,
@@ -43,9 +42,9 @@ from onnxcompress.passes.quant.variants import (
 )
 from onnxcompress.runtime import open_session
 from onnxcompress.search.goals import Goals
-from onnxcompress.search.greedy import Lift, Lifted, by_gain, cheapest
+from onnxcompress.search.greedy import Lifted, cheapest
 from onnxcompress.search.parallel import run_tasks
-from onnxcompress.search.reference import Reference, noise_ratio, worst_sqnr_db
+from onnxcompress.search.reference import noise_ratio, worst_sqnr_db
 from onnxcompress.search.sensitivity import NodeSensitivity, bounds_for, table_of
 from onnxcompress.verification.compare import Comparison
 
@@ -186,14 +185,15 @@ class Mixer:
             return replace(plain, notes=self.notes)
         for sentence in missed:
             self._ctx.progress.log(f"all on integers: {sentence}")
-        rows, every, samples = self._sensitivities(bench, plain.built, aim.reference, ratios)
+        costs = self._costs_of(plain.built.plan)
+        rows, every, samples = self._sensitivities(bench, costs, ratios)
         lifted: dict[str, Precision] = {}
         mixed: Mixed | None = plain
         if missed:
             precisions = self._precisions()
-            lifts = self._lifts(rows, noise_ratio(every), ratios, precisions)
-            lifted = self._cheapest(bench, aim.goals, lifts, precisions)
-            mixed, lifted = self._calibrated(plain, aim, lifts, lifted, precisions)
+            gains = self._gains(rows, noise_ratio(every), ratios)
+            lifted = self._cheapest(bench, aim.goals, gains, costs, precisions)
+            mixed, lifted = self._calibrated(plain, aim, gains, lifted, precisions[-1])
         if mixed is None:
             lifted = {name: Precision.FLOAT for name in ratios}
         rows = [
@@ -221,7 +221,7 @@ class Mixer:
         return tuple(dict.fromkeys(named))
 
     def _sensitivities(
-        self, bench: Bench, built: Built, reference: Reference, ratios: Mapping[str, float]
+        self, bench: Bench, costs: Costs, ratios: Mapping[str, float]
     ) -> tuple[list[NodeSensitivity], Comparison, int]:
         """Measure the nodes, those that lose most of their own output first.
 
@@ -229,8 +229,7 @@ class Mixer:
             A row per node, the comparison of all on integers on the same samples, and their number.
         """
         network = self._builder.network
-        nodes = measured_nodes(network, built.plan)
-        costs = self._costs
+        nodes = measured_nodes(network, bench.kit.plan)
         bounds = bounds_for(
             len(nodes), costs.total_macs, most_nodes=self._options.sensitivity_nodes
         )
@@ -272,44 +271,38 @@ class Mixer:
             for name, only, without in zip(nodes, found[::2], found[1::2], strict=True)
         ]
         every = bench.measure(Variant(samples=bounds.samples))
-        return rows, every, reference.first(bounds.samples).sample_count
+        return rows, every, bench.kit.reference.first(bounds.samples).sample_count
 
-    @functools.cached_property
-    def _costs(self) -> Costs:
+    def _costs_of(self, plan: Plan) -> Costs:
         feeds = {} if self._ctx.calibration is None else self._ctx.calibration.first()
-        shapes = {name: array.shape for name, array in feeds.items()}
-        return Costs(self._builder.model, self._builder.network, shapes)
+        return Costs(
+            self._builder.model,
+            self._builder.network,
+            plan,
+            {name: array.shape for name, array in feeds.items()},
+            for_size=self._options.objective is Objective.SIZE,
+        )
 
-    def _lifts(
-        self,
-        rows: Sequence[NodeSensitivity],
-        all_noise: float,
-        ratios: Mapping[str, float],
-        precisions: Sequence[Precision],
-    ) -> list[Lift]:
-        """Gain and costs of every node on integers; gains not measured are guessed.
+    @staticmethod
+    def _gains(
+        rows: Sequence[NodeSensitivity], all_noise: float, ratios: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Noise that lifting each node on integers takes away; what was not measured is guessed.
 
         The guess is the node's own noise times the least part of it that reached the outputs from
         any measured node.
         """
-        for_size = self._options.objective is Objective.SIZE
         gains = {row.node: row.gain(all_noise) for row in rows}
         own = {name: 10.0 ** (-ratio / 10.0) for name, ratio in ratios.items()}
         passed_on = min((gains[n] / own[n] for n in gains if own.get(n)), default=1.0)
-        return [
-            Lift(
-                name,
-                gains.get(name, passed_on * own.get(name, 0.0)),
-                self._costs.costs(name, precisions, for_size=for_size),
-            )
-            for name in ratios
-        ]
+        return {name: gains.get(name, passed_on * own[name]) for name in own}
 
     def _cheapest(
         self,
         bench: Bench,
         goals: Goals,
-        lifts: Sequence[Lift],
+        gains: Mapping[str, float],
+        costs: Costs,
         precisions: Sequence[Precision],
     ) -> dict[str, Precision]:
         tried = 0
@@ -328,8 +321,9 @@ class Mixer:
                 return not missed
 
             found = cheapest(
-                lifts,
+                gains,
                 holds,
+                cost=lambda lifted: costs.of(named(lifted)),
                 tiers=len(precisions),
                 trims=_TRIMS,
                 completed=lambda lifted: self._completed(bench.kit, lifted, precisions),
@@ -338,7 +332,7 @@ class Mixer:
         if found is None:
             last = precisions[-1]
             self._notes.append(f"Not even with all nodes in {last.value} do the limits hold.")
-            return {lift.node: last for lift in lifts}
+            return dict.fromkeys(gains, last)
         return named(found)
 
     def _completed(
@@ -356,16 +350,15 @@ class Mixer:
         self,
         plain: Mixed,
         aim: Aim,
-        lifts: Sequence[Lift],
+        gains: Mapping[str, float],
         lifted: dict[str, Precision],
-        precisions: Sequence[Precision],
+        last: Precision,
     ) -> tuple[Mixed | None, dict[str, Precision]]:
         """The mix with scales, rounding and biases of its own; more is lifted while it misses."""
-        order = [lift.node for lift in by_gain(lifts, len(precisions) - 1)]
-        last = precisions[-1]
+        order = sorted(gains, key=lambda name: (-gains[name], name))
         for _ in range(_ROUNDS):
             mixed = self._mixed(plain, lifted)
-            if mixed is None or len(lifted) == len(lifts):
+            if mixed is None or all(lifted.get(name) is last for name in order):
                 return mixed, lifted
             session = open_session(self._builder.model_of(mixed.built), aim.settings)
             missed = aim.goals.missed(aim.reference.compare(session))

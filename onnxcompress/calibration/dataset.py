@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -192,6 +192,23 @@ class Dataset:
             DataError: If that leaves less than one run.
         """
         return self._window(self._start + max(0, count), self._stop)
+
+    def through(self, wrap: Callable[[Source], Source], note: str) -> Dataset:
+        """The same samples read through another source.
+
+        Args:
+            wrap: From the source of the samples to the one to read; number and order stay.
+            note: What that does, for the description.
+        """
+        return Dataset(
+            wrap(self._source),
+            self.specs,
+            f"{self._source_description} ({note})",
+            labels=self._all_labels,
+            synthetic=self.synthetic,
+            start=self._start,
+            stop=self._stop,
+        )
 
     def with_labels(self, labels: Array) -> Dataset:
         """The same samples with other labels, one per sample of this dataset.

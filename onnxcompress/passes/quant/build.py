@@ -195,6 +195,14 @@ class Builder:
         layers |= {name: layers[name].shifted(shift) for name, shift in correction.shifts.items()}
         return Built(plan, affines, layers, correction, method)
 
+    def quick_sqnr_db(self, chosen: frozenset[str]) -> float:
+        """SQNR of the worst output with whole ranges and weights rounded to nearest."""
+        plan = make_plan(self.network, chosen)
+        affines = range_affines(make_groups(self.network, plan, self._measured.ranges), self._grid)
+        quantized = self.write(plan, affines, self._layers(plan, affines, {}))
+        ratios = correct_biases(self._ctx, self.model, quantized, {}).output_sqnr_db
+        return min(ratios.values(), default=np.inf)
+
     def _weighted(self, plan: Plan) -> dict[str, ir.Node]:
         return {
             name: self.network.nodes[name]

@@ -81,6 +81,12 @@ class QuantOptions(PassOptions):
         "let biases make up for the mean error of their layer: on, off, auto (convolutions)",
     )
     per_channel: bool = option(True, "one weight scale per output channel rather than per tensor")
+    smooth: str = option(
+        "auto",
+        "move outliers of activations into weights before MatMul and Gemm: auto (where the outputs "
+        "gain), off, or the exponent alpha from 0 to 1",
+    )
+    embeddings: bool = option(True, "also quantize the tables that Gather looks up, per row")
     include: tuple[str, ...] = option(
         (), "quantize only nodes whose name matches one of these patterns (* ? [..])"
     )
@@ -124,6 +130,11 @@ class QuantOptions(PassOptions):
         # super() without arguments does not work in a dataclass with slots: the class is made
         # twice.
         PassOptions.validate(self, owner)
+        if self.smooth not in {"auto", "off"} and self.smoothing_alpha() is None:
+            raise UsageError(
+                f"option {owner}.smooth wants auto, off or a number from 0 to 1, "
+                f"not '{self.smooth}'"
+            )
         for name in self.op_types:
             if not name.isidentifier():
                 raise UsageError(f"option {owner}.op_types names no operator: '{name}'")
@@ -133,3 +144,11 @@ class QuantOptions(PassOptions):
                 f"option {owner}.fallback is '{','.join(self.fallback)}'",
                 hint=f"Use {AUTO}, or some of {', '.join(known)}.",
             )
+
+    def smoothing_alpha(self) -> float | None:
+        """The exponent given for smoothing; None for auto and off."""
+        try:
+            alpha = float(self.smooth)
+        except ValueError:
+            return None
+        return alpha if 0.0 <= alpha <= 1.0 else None

@@ -125,7 +125,7 @@ def _write_gemm(
         made = ir.Value(
             name=namer.value(f"{name}/quant_{role}"),
             shape=output.shape if shape is None else ir.Shape(shape),
-            type=ir.TensorType(ir.DataType.FLOAT),
+            type=output.type,
         )
         attributes = _GEMM_ATTRIBUTES if op_type == "Gemm" else {}
         return ir.node(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from onnxcompress import model_io
+from onnxcompress.calibration.padding import without_padding
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import UsageError
@@ -16,6 +18,8 @@ from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
+from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
@@ -186,11 +190,16 @@ class _Run:
         self._ctx = ctx
         self._work = model_io.clone(model)
         self._prepared = prepare(self._work)
-        self._builder = Builder(self._work, options, ctx)
-        self._mixer = Mixer(self._builder, options, ctx)
+        self._float = model_io.clone(self._work)
+        self._embedded = self._embed(self._work)
+        self._conditioned = Conditioned()
         self._skips: dict[str, Skip] = {}
         self._notes: list[str] = []
         self._figures: dict[str, float | int | str] = {}
+        # Statistics leave padding out; times are taken on samples as they are.
+        self._statistics = self._without_padding()
+        self._builder = Builder(self._work, options, self._statistics)
+        self._mixer = Mixer(self._builder, options, self._statistics)
 
     def report(self) -> PassReport:
         """Quantize and say what was done."""
@@ -202,7 +211,9 @@ class _Run:
         allowed = self._fusible(allowed)
         if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
             return self._left_in_float("No convolution or matrix product can run on integers.")
-        mixed = self._mixed(self._placed(allowed))
+        chosen = self._placed(allowed)
+        self._condition(chosen)
+        mixed = self._mixed(chosen)
         if mixed is None:
             return self._left_in_float(
                 f"On integers the outputs stay below {self._wanted()}, so the model was left as it "
@@ -216,9 +227,44 @@ class _Run:
             )
         built = mixed.built
         prepare(self._model)
+        self._embed(self._model)
+        smoothed(self._model, self._conditioned)
         self._builder.write_into(self._model, built.plan, built.affines, built.layers)
         store_half(self._model, built.halves)
         return self._done(mixed)
+
+    def _embed(self, model: ir.Model) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
+        """Put the embedding tables of ``model`` on integers, as far as the options allow."""
+        options = self._options
+        if not options.embeddings or (options.op_types and "Gather" not in options.op_types):
+            return (), ()
+        refused = frozenset(n.name or "" for n in model.graph if self._owner._excluded(n))
+        return quantize_embeddings(model, refused, options.min_sqnr_db)
+
+    def _without_padding(self) -> PassContext:
+        """The job with samples cut to what counts of them."""
+        samples = self._ctx.calibration
+        if samples is None:
+            return self._ctx
+        cut = without_padding(samples, lambda: open_session(self._float, self._ctx.session).run)
+        if cut is None:
+            return self._ctx
+        self._notes.append("Statistics leave out the padding that a mask input marks.")
+        return replace(self._ctx, calibration=cut)
+
+    def _condition(self, chosen: frozenset[str]) -> None:
+        """Smooth the float model where the outputs gain, and measure it anew."""
+        found = condition(self._statistics, self._work, self._options, chosen)
+        self._skips |= {skip.node: skip for skip in found.skips}
+        if not found.choices:
+            return
+        self._prepared = (*self._prepared, *smoothed(self._work, found))
+        self._conditioned = found
+        self._builder = Builder(self._work, self._options, self._statistics)
+        self._builder.measure(chosen)
+        self._mixer = Mixer(self._builder, self._options, self._statistics)
+        if found.tried:
+            self._figures["smoothing_gain_db"] = round(found.gain_db, 1)
 
     def _reject(self, names: Iterable[str], reason: str) -> None:
         for name in names:
@@ -338,7 +384,7 @@ class _Run:
         assert self._ctx.calibration is not None  # noqa: S101 - _timed() looked
         settings = SessionSettings(threads=1)
         quantized = self._builder.model_of(mixed.built)
-        sessions = [open_session(self._work, settings), open_session(quantized, settings)]
+        sessions = [open_session(self._float, settings), open_session(quantized, settings)]
         feeds = self._ctx.calibration.first()
         for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
             times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience, decide=True)
@@ -374,7 +420,8 @@ class _Run:
     def _done(self, mixed: Mixed) -> PassReport:
         built = mixed.built
         network = self._builder.network
-        changes = list(self._prepared)
+        changes = [*self._prepared, *self._embedded[0]]
+        self._skips |= {skip.node: skip for skip in self._embedded[1]}
         for name in built.plan.nodes:
             layer = built.layers.get(name)
             how = f"runs on {16 if name in self._wide(mixed) else 8}-bit integers"

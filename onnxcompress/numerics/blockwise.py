@@ -32,7 +32,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from onnxcompress.numerics.least_squares import UNDERFLOW
+from onnxcompress.numerics.feedback import Factor
 
 Codes: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -227,10 +227,8 @@ def _error(blocks: Float32, codes: Codes, scale: Float32, zero: Codes) -> Float3
 def with_feedback(matrix: Float32, start: Blocks, moment: Float64, *, damp: float = 0.01) -> Blocks:
     """Round again on the same grids, letting later columns make up for the error of earlier ones.
 
-    Columns are rounded one after another, those with the largest ``H_jj`` first. With ``U`` the
-    upper Cholesky factor of ``(H + λI)⁻¹ = UᵀU``, column ``j`` rounded with error
-    ``e_j = (w_j - ŵ_j) / U_jj`` moves the columns after it, ``w_k ← w_k - e_j U_jk``. Rows whose
-    output error ``δ H δᵀ`` does not fall keep the codes of ``start``.
+    See :mod:`onnxcompress.numerics.feedback`. Rows whose output error ``δ H δᵀ`` does not fall keep
+    the codes of ``start``.
 
     Args:
         matrix: The weights, [R, D].
@@ -238,30 +236,23 @@ def with_feedback(matrix: Float32, start: Blocks, moment: Float64, *, damp: floa
         moment: ``H = E[x xᵀ]`` of the inputs that meet the columns, [D, D].
         damp: ``λ`` relative to the mean diagonal of ``H``.
     """
-    mean = float(moment.diagonal().mean())
-    if not np.isfinite(mean) or mean <= UNDERFLOW:
+    factor = Factor.of(moment, damp=damp)
+    if factor is None:
         return start
     size, top = len(moment), (1 << start.bits) - 1
-    order = np.argsort(-moment.diagonal(), kind="stable")
-    damped = moment[np.ix_(order, order)] + damp * mean * np.eye(size)
-    # (H + λI)⁻¹ = UᵀU with U upper triangular: factor the matrix with its order reversed.
-    upper = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1]
-    left = matrix[:, order].astype(np.float64)
-    scale = start.scale.astype(np.float64)[:, order // start.block]
-    zero = start.zero.astype(np.float64)[:, order // start.block]
-    codes = np.empty(left.shape, np.uint8)
-    width = 64  # columns rounded before all columns after them are updated by one product
-    for begin in range(0, size, width):
-        end = min(begin + width, size)
-        errors = np.empty((len(left), end - begin))
-        for j in range(begin, end):
-            found = np.clip(np.rint(left[:, j] / scale[:, j]) + zero[:, j], 0, top)
-            error = (left[:, j] - scale[:, j] * (found - zero[:, j])) / upper[j, j]
-            left[:, j + 1 : end] -= np.outer(error, upper[j, j + 1 : end])
-            codes[:, j], errors[:, j - begin] = found, error
-        left[:, end:] -= errors @ upper[begin:end, end:]
+    scale = start.scale.astype(np.float64)
+    zero = start.zero.astype(np.float64)
+    codes = np.empty(matrix.shape, np.uint8)
+
+    def project(places: npt.NDArray[np.int64], columns: Float64) -> Float64:
+        step, middle = scale[:, places // start.block], zero[:, places // start.block]
+        found = np.clip(np.rint(columns / step) + middle, 0, top)
+        codes[:, places] = found
+        return np.asarray(step * (found - middle))
+
+    factor.replace(matrix.astype(np.float64), project)
     flat = start.codes.reshape(len(codes), -1).copy()
-    flat[:, order] = codes
+    flat[:, :size] = codes
     fed = Blocks(flat.reshape(start.codes.shape), start.scale, start.zero, start.bits, size)
     better = output_error(matrix, fed, moment) < output_error(matrix, start, moment)
     chosen = np.where(better[:, None, None], fed.codes, start.codes)

@@ -27,6 +27,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "prune": "onnxcompress.passes.prune:PrunePass",
         "svd": "onnxcompress.passes.svd:SvdPass",
         "quant": "onnxcompress.passes.quant:QuantPass",
+        "share": "onnxcompress.passes.share:SharePass",
         "fp16": "onnxcompress.passes.fp16:Fp16Pass",
         "weights": "onnxcompress.passes.weight_only:WeightOnlyPass",
     }

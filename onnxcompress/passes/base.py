@@ -20,14 +20,18 @@ from onnxcompress.targets import Target
 
 
 class Stage(enum.IntEnum):
-    """When a pass runs. The pipeline sorts by stage, so users need not know an order."""
+    """When a pass runs. The pipeline sorts by stage, so users need not know an order.
+
+    What shares weights comes last, for it decides only how weights are stored: a pass that rounded
+    them afterwards would find codes instead of weights, or undo the sharing.
+    """
 
     PREPARE = 10
     STRUCTURE = 20
     FACTORIZE = 30
     RECOVER = 40
-    SHARE = 50
     PRECISION = 60
+    SHARE = 70
 
 
 @dataclass(frozen=True, slots=True)

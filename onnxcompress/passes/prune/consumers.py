@@ -119,6 +119,10 @@ class Consumer:
         flat = matrix.reshape(self.outputs, -1) / self.gain
         stored = flat.T if self.transposed else flat.reshape(self.shape)
         _store(model, self.weight, stored)
+        self.write_bias(model, bias)
+
+    def write_bias(self, model: ir.Model, bias: Array) -> None:
+        """Store ``b``, [O], if there is a bias."""
         if self.bias is not None:
             old = constant_tensor(model.graph.initializers[self.bias])
             shape = (1,) * (len(old.shape) - 1 if old is not None else 0) + (self.outputs,)

@@ -9,26 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.calibration.geometry import unfold_of
 from onnxcompress.calibration.statistics import MomentsRequest, Statistics
 from onnxcompress.context import PassContext
-from onnxcompress.errors import ModelError
-from onnxcompress.graph.constants import is_constant
 from onnxcompress.numerics.blockwise import Blocks, with_feedback
+from onnxcompress.passes._inputs import moment_requests
 from onnxcompress.passes.weight_only.select import Weight
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-_MOST_COLUMNS = 8192
-"""Wider layers are rounded to nearest: their second moment would take more than 0.5 GB."""
-
 _BATCH_BYTES = 512 * 2**20
 """Second moments collected in one pass over the data."""
-
-_ROWS_PER_COLUMN = 16
-"""Rows of calibration used per column; more add time and no accuracy."""
-
 
 @dataclass(frozen=True, slots=True)
 class Fed:
@@ -64,24 +55,10 @@ def batches(weights: tuple[Weight, ...], model: ir.Model) -> Iterator[list[Fed]]
 
 def _requests(weight: Weight, model: ir.Model) -> tuple[MomentsRequest, ...]:
     """One request per use; none unless every use can be measured."""
-    if weight.graph is not model.graph or weight.layout.columns > _MOST_COLUMNS:
+    if weight.graph is not model.graph:
         return ()
-    found: list[MomentsRequest] = []
-    for node, index in weight.value.uses():
-        data = node.inputs[0]
-        if node.op_type not in {"MatMul", "Gemm", "Conv"} or index != 1:
-            return ()
-        if node.graph is not model.graph or data is None or is_constant(data):
-            return ()
-        if len(weight.layout.rows) != 1 or data.dtype != ir.DataType.FLOAT:
-            return ()
-        try:
-            unfold = unfold_of(node)
-        except ModelError:
-            return ()  # padding by an unknown length; rounded to nearest, and counted as such
-        rows = _ROWS_PER_COLUMN * weight.layout.columns
-        found.append(MomentsRequest(data.name or "", unfold, max(rows, 2048)))
-    return tuple(dict.fromkeys(found))
+    layout = weight.layout
+    return moment_requests(weight.value, layout.columns, len(layout.rows), model)
 
 
 class Feedback:

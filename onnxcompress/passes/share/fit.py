@@ -1,0 +1,235 @@
+"""Fit codebooks to the weights of a model, with what calibration tells about their inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.calibration.statistics import MomentsRequest, Statistics
+from onnxcompress.context import PassContext
+from onnxcompress.numerics import codebook, vector_codebook
+from onnxcompress.numerics.codebook import Coded, Fitting
+from onnxcompress.numerics.feedback import InputMoments, output_error
+from onnxcompress.numerics.vector_codebook import VectorCoded
+from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
+from onnxcompress.passes.share.select import Weight
+
+Array = npt.NDArray[np.generic]
+Codes = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+_BATCH_BYTES = 512 * 2**20
+"""Second moments collected in one pass over the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A weight and its codebook.
+
+    Attributes:
+        weight: The weight.
+        coded: Its codes and what they stand for.
+        fed: Whether calibration data told where errors hurt.
+        sqnr_db: Energy of the layer's output (of the weight where there are no data) over that of
+            its error.
+        shift: What a bias adds to take up the mean error, ``(W - Ŵ) x̄``, [R]; None without data.
+    """
+
+    weight: Weight
+    coded: Coded | VectorCoded
+    fed: bool
+    sqnr_db: float
+    shift: Float64 | None = None
+
+    @property
+    def level_count(self) -> int:
+        """How many values a code tells apart."""
+        return len(self.coded.table) if isinstance(self.coded, VectorCoded) else self._used()
+
+    def _used(self) -> int:
+        return int(self.coded.codes.max(initial=0)) + 1
+
+    @property
+    def scale(self) -> Float32 | None:
+        """The factor of each row that has to be stored, [R]."""
+        return None if self.weight.scale is not None else self.coded.scale
+
+    def stored_codes(self) -> tuple[Codes, tuple[int, ...] | None]:
+        """The codes as they are stored, and the shape that what is gathered must be brought to.
+
+        One code per weight has the shape of the weight already. Vectors lie along the columns of
+        the weight as a matrix.
+        """
+        layout = self.weight.layout
+        if isinstance(self.coded, VectorCoded):
+            return self.coded.codes, layout.permuted
+        return layout.tensor(self.coded.codes).astype(np.uint8), None
+
+    def stored_levels(self) -> Array:
+        """The codebook, [B · k] or [k, d], in the type of the weight."""
+        if isinstance(self.coded, VectorCoded):
+            return self.coded.table
+        levels = self.coded.levels[:, : self._used()].reshape(-1)
+        dtype = self.weight.value.dtype
+        if self.weight.scale is None or dtype is None:
+            return levels
+        return np.rint(levels + self.weight.zero).astype(dtype.numpy())
+
+    def first_levels(self) -> Array | None:
+        """Where the codebook of each row begins, broadcast over the weight; None for one."""
+        if isinstance(self.coded, VectorCoded) or len(self.coded.levels) == 1:
+            return None
+        first = (self.coded.book * self._used()).astype(np.int32)
+        return first.reshape(self.weight.layout.per_row)
+
+    def tensor(self) -> Float32:
+        """The weight that the codes stand for, in its own shape."""
+        return np.asarray(self.weight.layout.tensor(self.coded.decoded()), np.float32)
+
+
+def fit_all(
+    model: ir.Model,
+    weights: Sequence[Weight],
+    options: ShareOptions,
+    ctx: PassContext,
+    centred: frozenset[str],
+) -> Iterator[Fitted]:
+    """Fit a codebook to each weight.
+
+    Args:
+        model: The model, whose activations are measured.
+        weights: The weights.
+        options: How.
+        ctx: The job.
+        centred: Weights whose layer has a bias that will take up the mean error, by name.
+    """
+    with ctx.progress.task("fitting codebooks", total=len(weights)) as task:
+        for batch in _batches(weights, options):
+            statistics = _measure(model, batch, ctx)
+            for weight in batch:
+                moments = _moments(weight, statistics, centred=weight.name in centred)
+                fitted = fit_one(weight, moments, options, code_bits(weight, options))
+                if weight.name in centred and statistics is not None and fitted.fed:
+                    fitted = dataclasses.replace(fitted, shift=_shift(fitted, statistics))
+                yield fitted
+                task.advance()
+
+
+def _batches(weights: Sequence[Weight], options: ShareOptions) -> Iterator[list[Weight]]:
+    """Weights in groups whose second moments fit into memory together."""
+    batch: list[Weight] = []
+    used = 0
+    for weight in weights:
+        wanted = len(weight.requests) if options.assign is Assign.FEEDBACK else 0
+        more = 8 * weight.layout.columns**2 * wanted
+        if batch and used + more > _BATCH_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(weight)
+        used += more
+    if batch:
+        yield batch
+
+
+def _measure(model: ir.Model, batch: Sequence[Weight], ctx: PassContext) -> Statistics | None:
+    wanted: dict[MomentsRequest, None] = dict.fromkeys(r for w in batch for r in w.requests)
+    if not wanted or ctx.calibration is None:
+        return None
+    return ctx.collect(model, wanted, description="measuring the inputs of weights")
+
+
+def _moments(
+    weight: Weight, statistics: Statistics | None, *, centred: bool
+) -> InputMoments | None:
+    """``E[x xᵀ]`` (less that of the means if ``centred``) summed over the uses of a weight."""
+    if statistics is None or not weight.requests:
+        return None
+    total: Float64 | None = None
+    for request in weight.requests:
+        found = statistics[request]
+        moment = found.covariance
+        if not centred:
+            moment = moment + found.mean[:, :, None] * found.mean[:, None, :]
+        total = moment if total is None else total + moment
+    rows, columns = weight.layout.row_count, weight.layout.columns
+    if total is None or total.shape[1] != columns or rows % len(total):
+        return None
+    return InputMoments.shared(total, rows)
+
+
+def _shift(fitted: Fitted, statistics: Statistics) -> Float64:
+    """``(W - Ŵ) x̄`` of a weight with one use, [R]."""
+    delta = fitted.weight.matrix().astype(np.float64) - fitted.coded.decoded()
+    (mean,) = (statistics[request].mean for request in fitted.weight.requests)
+    parts = delta.reshape(len(mean), -1, delta.shape[1])
+    return np.asarray(np.einsum("god,gd->go", parts, mean).reshape(-1))
+
+
+def fit_one(
+    weight: Weight,
+    moments: InputMoments | None,
+    options: ShareOptions,
+    bits: int,
+    target: Float32 | None = None,
+) -> Fitted:
+    """Fit the codebook of one weight.
+
+    Args:
+        weight: The weight.
+        moments: Second moments of its inputs; None for the identity.
+        options: How.
+        bits: Bits of a code.
+        target: What to approximate, [R, D]; the weight itself when None.
+    """
+    matrix = weight.matrix() if target is None else target
+    feedback = options.assign is Assign.FEEDBACK
+    moments = moments if feedback else None
+    length = vector_length(weight, options)
+    coded: Coded | VectorCoded
+    if length > 1:
+        coded = vector_codebook.fit(
+            matrix, moments, bits=bits, length=length, scales=options.scales
+        )
+    else:
+        snap = None if weight.scale is None else _integer_levels(weight)
+        fitting = Fitting(
+            1 << bits, options.group, options.scales, feedback, snap=snap
+        )
+        coded = codebook.fit(matrix, moments, fitting, scale=weight.scale)
+    exact = matrix.astype(np.float64)
+    noise = float(coded.error(exact, moments).sum())
+    signal = float(output_error(exact, moments).sum())
+    sqnr = 10 * np.log10(max(signal, 1e-300) / max(noise, 1e-20 * max(signal, 1e-300)))
+    return Fitted(weight, coded, moments is not None, float(sqnr))
+
+
+def vector_length(weight: Weight, options: ShareOptions) -> int:
+    """How many neighbouring weights one code stands for."""
+    if options.codebook is not Codebook.VECTOR or weight.scale is not None:
+        return 1
+    return vector_codebook.divisor(weight.layout.columns, options.vector)
+
+
+def code_bits(weight: Weight, options: ShareOptions) -> int:
+    """Bits of a code; where vectors do not fit, single weights get their part of a vector's."""
+    if options.codebook is Codebook.VECTOR and vector_length(weight, options) == 1:
+        return max(options.bits // options.vector, 2)
+    return options.bits
+
+
+def _integer_levels(weight: Weight) -> codebook.Snap:
+    """Levels that a quantized weight can have: integers, counted from its zero point."""
+    dtype = weight.value.dtype
+    limits = np.iinfo(np.int8 if dtype == ir.DataType.INT8 else np.uint8)
+    low, high = limits.min - weight.zero, limits.max - weight.zero
+
+    def snap(levels: Float64) -> Float64:
+        return np.clip(np.rint(levels), low, high)
+
+    return snap

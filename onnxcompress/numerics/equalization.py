@@ -156,11 +156,3 @@ def best_smoothing(
     noise, exponent, factors = best
     gain = 10 * np.log10(max(before, 1e-300) / max(noise, 1e-300))
     return Smoothing(factors, exponent, float(gain))
-
-
-def absorbed_bias(mean: FloatArray, deviation: FloatArray, count: float = 3.0) -> FloatArray:
-    """``c = max(0, mean - count · deviation)``: what a Relu passes on unchanged in most cases, [C].
-
-    Source: Nagel et al. 2019, section 4.1.3 (``relu(x + c) = relu(x) + c`` wherever ``x >= 0``).
-    """
-    return np.asarray(np.maximum(0.0, mean - count * deviation))

@@ -24,6 +24,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
     {
         "simplify": "onnxcompress.passes.simplify:SimplifyPass",
         "fold": "onnxcompress.passes.fold:FoldPass",
+        "equalize": "onnxcompress.passes.equalize:EqualizePass",
         "prune": "onnxcompress.passes.prune:PrunePass",
         "svd": "onnxcompress.passes.svd:SvdPass",
         "quant": "onnxcompress.passes.quant:QuantPass",

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from onnxcompress.numerics.equalization import (
     ChannelStatistics,
-    absorbed_bias,
     best_smoothing,
     cross_layer_factors,
     rounding_noise,
@@ -84,8 +83,3 @@ def test_predicted_noise_is_the_measured_one_and_smoothing_lowers_it() -> None:
         assert 0.6 < measured / predicted < 1.6
         gains.append(_measured_noise(x, w, np.ones(16)) / measured)
     assert min(gains) > 2
-
-
-def test_absorbed_bias_is_what_lies_above_three_deviations() -> None:
-    found = absorbed_bias(np.array([5.0, 1.0, -2.0]), np.array([1.0, 1.0, 0.1]))
-    np.testing.assert_allclose(found, [2.0, 0.0, 0.0])

@@ -98,6 +98,10 @@ def apply_factors(
         if old is None or constant is None:
             raise ValueError(f"input {absorb.place} of '{absorb.node.name}' is no constant")
         made = constant.astype(np.float64) * factors[absorb.ids] ** absorb.power
+        own = old.is_initializer() and len(old.uses()) == 1 and not old.is_graph_output()
+        if own and made.shape == constant.shape:
+            set_initializer(model.graph, old.name or "", made.astype(constant.dtype))
+            continue
         name = namer.value(f"{old.name}/{owner}_scaled")
         new = set_initializer(model.graph, name, made.astype(constant.dtype))
         absorb.node.replace_input_with(absorb.place, new)

@@ -48,6 +48,14 @@ class Activations(enum.Enum):
     INT16 = "int16"
 
 
+class Mode(enum.Enum):
+    """When the range of an activation is fixed."""
+
+    AUTO = "auto"
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+
 class Format(enum.Enum):
     """How integer nodes are written."""
 
@@ -58,6 +66,11 @@ class Format(enum.Enum):
 class QuantOptions(PassOptions):
     """Options of :class:`onnxcompress.passes.quant.QuantPass`."""
 
+    mode: Mode = option(
+        Mode.AUTO,
+        "static: ranges of activations from calibration; dynamic: ranges taken while the model "
+        "runs, no data needed; auto: static, and dynamic where that is better (LSTM, branches)",
+    )
     objective: Objective = option(
         Objective.LATENCY,
         "latency: what the clock says is slower in int8 stays float; size: all that can be is int8",

@@ -19,11 +19,12 @@ from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
+from onnxcompress.passes.quant.dynamic import Static, add_dynamic, plan_dynamic
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
-from onnxcompress.passes.quant.options import Activations, Objective, QuantOptions
+from onnxcompress.passes.quant.options import Activations, Mode, Objective, QuantOptions
 from onnxcompress.passes.quant.placement import Network
 from onnxcompress.passes.quant.precision import Precision, store_half
 from onnxcompress.passes.quant.prepare import prepare
@@ -31,7 +32,7 @@ from onnxcompress.passes.quant.regions import repair
 from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
 from onnxcompress.runtime import Array, SessionSettings, open_session
 from onnxcompress.search.goals import Goals
-from onnxcompress.targets import detect_target
+from onnxcompress.targets import Target, detect_target
 
 _MIN_OPSET = 13
 """QuantizeLinear and DequantizeLinear take one scale per channel from this operator set on."""
@@ -84,6 +85,9 @@ class QuantPass:
         Raises:
             UsageError: If a name pattern or operator matches no node.
         """
+        if self._options.mode is Mode.DYNAMIC:
+            self._check_patterns(model)
+            return plan_dynamic(model, self._excluded)
         probe = model_io.clone(model)
         prepare(probe)
         network = Network(probe, symmetric=ctx.target.symmetric_activations)
@@ -105,7 +109,29 @@ class QuantPass:
             DataError: If there is no calibration data.
             UsageError: If a name pattern or operator matches no node.
         """
-        return _Run(self, self._options, model, ctx).report()
+        mode = self._options.mode
+        if mode is Mode.STATIC:
+            return self._static(model, ctx, frozenset()).report
+        if mode is Mode.DYNAMIC:
+            self._check_patterns(model)
+            return add_dynamic(model, ctx, self._options, self._excluded, None)
+        return add_dynamic(
+            model,
+            ctx,
+            self._options,
+            self._excluded,
+            lambda copy, kept: self._static(copy, ctx, kept),
+        )
+
+    def _static(self, model: ir.Model, ctx: PassContext, kept: frozenset[str]) -> Static:
+        """Quantize ``model`` statically, in place, but for the nodes ``kept``."""
+        run = _Run(self, self._options, model, ctx, kept)
+        return Static(run.report(), run.integer_nodes)
+
+    def needs_for(self, target: Target) -> frozenset[Statistic]:
+        """Nothing where ranges are taken while the model runs."""
+        del target
+        return frozenset() if self._options.mode is Mode.DYNAMIC else self.needs
 
     def _select(self, model: ir.Model, network: Network) -> tuple[frozenset[str], dict[str, Skip]]:
         """Nodes that may be quantized, and a reason for each other node that might have been."""
@@ -182,8 +208,15 @@ class _Run:
     """One run of the pass; collects what happened for the report."""
 
     def __init__(
-        self, owner: QuantPass, options: QuantOptions, model: ir.Model, ctx: PassContext
+        self,
+        owner: QuantPass,
+        options: QuantOptions,
+        model: ir.Model,
+        ctx: PassContext,
+        kept: frozenset[str] = frozenset(),
     ) -> None:
+        self.integer_nodes: frozenset[str] = frozenset()
+        self._kept = kept
         self._owner = owner
         self._options = options
         self._model = model
@@ -205,6 +238,7 @@ class _Run:
         """Quantize and say what was done."""
         network = self._builder.network
         allowed, self._skips = self._owner._select(self._work, network)
+        allowed -= self._kept
         if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
             return self._left_in_float("No convolution or matrix product can run on integers.")
         self._builder.measure(allowed)
@@ -420,6 +454,7 @@ class _Run:
     def _done(self, mixed: Mixed) -> PassReport:
         built = mixed.built
         network = self._builder.network
+        self.integer_nodes = frozenset(built.plan.nodes)
         changes = [*self._prepared, *self._embedded[0]]
         self._skips |= {skip.node: skip for skip in self._embedded[1]}
         for name in built.plan.nodes:

@@ -1,0 +1,332 @@
+"""Dynamic quantization of a model, alone or on top of what static quantization leaves in float.
+
+``quant.mode=dynamic`` needs no data: every product, convolution and LSTM is a candidate. With
+``auto`` static quantization comes first and dynamic forms are tried for what it leaves in float:
+LSTM, nodes in branches and loops, nodes that lost against the clock. Where the static result is far
+from float and its products hold most of the weights, the model with static convolutions and dynamic
+products is built as well, and the better one by clock, fidelity and size is taken
+(:mod:`.judge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcompress import model_io
+from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.synthetic import synthetic_dataset
+from onnxcompress.context import PassContext
+from onnxcompress.errors import DataError
+from onnxcompress.numerics.affine import weight_grid
+from onnxcompress.passes.base import Change, PassReport, Skip
+from onnxcompress.passes.quant.constant_chains import fold_weight_chains
+from onnxcompress.passes.quant.dynamic_rules import RULES, Form, element_count, forms_of
+from onnxcompress.passes.quant.dynamic_search import Item, Search, find_items, start
+from onnxcompress.passes.quant.dynamic_write import drop_unread, write_forms
+from onnxcompress.passes.quant.judge import Judge
+from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.targets import detect_target
+
+_GOOD_ENOUGH_DB = 30.0
+"""A static result this near to float is not compared with a dynamic one."""
+
+_LOSES = 0.98
+"""Below this speed against float a result is not shipped (objective=latency)."""
+
+_WORTH = 0.02
+"""Share of the model's weights below which dynamic forms are not tried."""
+
+_SYNTHETIC_SAMPLES = 8
+
+_BY_TENSOR = frozenset({Form.CONV, Form.LSTM, Form.TENSOR})
+
+_BATCH_NOTE = (
+    "Dynamic quantization takes one range per tensor, over the whole batch: a sample's result "
+    "depends a little on the samples beside it."
+)
+
+_RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
+
+Refuse = Callable[[ir.Node], str | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Static:
+    """What static quantization made of a model.
+
+    Attributes:
+        report: Its report.
+        nodes: The nodes that run on integers.
+    """
+
+    report: PassReport
+    nodes: frozenset[str]
+
+
+StaticRun = Callable[[ir.Model, frozenset[str]], Static]
+"""Quantizes a model in place, leaving the given nodes in float."""
+
+
+def plan_dynamic(model: ir.Model, refuse: Refuse) -> PassReport:
+    """Say which nodes have a dynamic form."""
+    probe = model_io.clone(model)
+    fold_weight_chains(probe)
+    items, reasons = find_items(probe, refuse, convolutions=True)
+    types = {node.name: node.op_type for node in probe.graph.all_nodes()}
+    return PassReport(
+        changes=tuple(
+            Change(item.name, item.op_type, f"may be written with {form.value}")
+            for item in items
+            for form in [item.forms[0] if item.forms else Form.STORED]
+        ),
+        skips=tuple(Skip(name, types[name], reason) for name, reason in reasons.items()),
+        figures={"dynamic_candidates": len(items)},
+    )
+
+
+def add_dynamic(
+    model: ir.Model,
+    ctx: PassContext,
+    options: QuantOptions,
+    refuse: Refuse,
+    static: StaticRun | None,
+) -> PassReport:
+    """Quantize ``model`` in place.
+
+    Args:
+        model: The model.
+        ctx: The job.
+        options: How to quantize.
+        refuse: Gives a reason to leave a node alone, or None.
+        static: Static quantization; None to quantize dynamically only.
+
+    Raises:
+        DataError: If ``static`` needs calibration data and there is none.
+    """
+    if not _supported(ctx):
+        if static is not None:
+            return static(model, frozenset()).report
+        return _unsupported(model, ctx)
+    return _Run(model, ctx, options, refuse, static).report()
+
+
+def _supported(ctx: PassContext) -> bool:
+    cpu = ctx.session.providers == ("CPUExecutionProvider",)
+    return cpu and ctx.target.name != "cuda"
+
+
+def _unsupported(model: ir.Model, ctx: PassContext) -> PassReport:
+    reason = f"its dynamic kernels run on CPUs only; the target is {ctx.target.name}"
+    return PassReport(
+        skips=tuple(
+            Skip(node.name or "", node.op_type, reason)
+            for node in model.graph.all_nodes()
+            if node.op_type in RULES and node.domain == ""
+        ),
+        figures={"integer_nodes": 0},
+        notes=("Dynamic quantization is for CPUs; use quant.mode=static here.",),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Base:
+    """A model with a static part, and what can be dynamic in the rest of it."""
+
+    model: ir.Model
+    static: Static
+    items: tuple[Item, ...]
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Result:
+    """A whole result: a base and the forms written on top of it."""
+
+    base: _Base
+    model: ir.Model
+    forms: Mapping[str, Form]
+
+
+class _Run:
+    """One run; collects what happened for the report."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        ctx: PassContext,
+        options: QuantOptions,
+        refuse: Refuse,
+        static: StaticRun | None,
+    ) -> None:
+        self._model, self._ctx, self._options = model, ctx, options
+        self._refuse, self._static = refuse, static
+        self._work = model_io.clone(model)
+        if fold_weight_chains(self._work):
+            drop_unread(self._work)
+        self._grid = weight_grid(reduce_range=ctx.target.reduce_range)
+        self._figures: dict[str, float | int | str] = {}
+        self._notes: list[str] = []
+
+    def report(self) -> PassReport:
+        """Quantize and say what was done."""
+        base = self._based(frozenset())
+        rivals = self._rivals(base)
+        if not base.items and not rivals:
+            result = _Result(base, base.model, {})
+        else:
+            result = self._chosen(base, rivals)
+        if result.forms or result.base.static.nodes:
+            self._model.graph = result.model.graph
+            self._model.opset_imports.update(result.model.opset_imports)
+        return self._merged(result)
+
+    def _based(self, kept: frozenset[str]) -> _Base:
+        """Static quantization of everything but ``kept``; the rest may become dynamic."""
+        model = model_io.clone(self._work)
+        static = Static(PassReport(), frozenset())
+        if self._static is not None:
+            static = self._static(model, kept)
+        items, reasons = find_items(
+            model,
+            lambda node: self._refuse(node) if node.name not in static.nodes else "it is static",
+            convolutions=self._static is None,
+        )
+        reasons = {name: why for name, why in reasons.items() if name not in static.nodes}
+        if 0 < sum(item.elements for item in items) < _WORTH * _elements(model):
+            few = "it is too small a part of the model to matter"
+            reasons |= {item.name: few for item in items}
+            items = ()
+        return _Base(model, static, items, reasons)
+
+    def _rivals(self, base: _Base) -> frozenset[str]:
+        """Static products that a dynamic form could replace; none unless they matter."""
+        if not base.static.nodes or not self._timed():
+            return frozenset()
+        products, weights, others = set(), 0, 0
+        opset = self._work.opset_imports.get("", 0)
+        for node in self._work.graph:
+            if node.name not in base.static.nodes or node.op_type not in RULES:
+                continue
+            size = element_count(node)
+            found = forms_of(node, opset)
+            if isinstance(found, tuple) and Form.TENSOR in found:
+                products.add(node.name)
+                weights += size
+            else:
+                others += size
+        return frozenset(products) if weights >= others else frozenset()
+
+    def _chosen(self, base: _Base, rivals: frozenset[str]) -> _Result:
+        try:
+            judge = Judge(self._model, self._samples())
+        except DataError as error:
+            self._notes.append(
+                f"The dynamic forms were neither timed nor checked: {error.message}."
+            )
+            forms = start(base.items)
+            model = model_io.clone(base.model)
+            done = write_forms(model, forms, self._grid)
+            return _Result(base, model, {n: f for n, f in forms.items() if n in done})
+        if not self._timed():
+            return self._searched(base, judge)
+        results = [self._searched(base, judge)] if base.items else []
+        if rivals and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
+            results.append(self._searched(self._based(rivals), judge))
+        idle = {item.name: item.idle for item in base.items if item.idle is not None}
+        results.append(
+            self._built(base, Search(base.model, base.items, judge, self._grid, least_db=0.0), idle)
+        )
+        return self._fastest(results, judge)
+
+    def _searched(self, base: _Base, judge: Judge) -> _Result:
+        search = Search(
+            base.model, base.items, judge, self._grid, least_db=self._options.min_sqnr_db
+        )
+        if self._timed():
+            found = search.run(seconds=self._options.search_seconds, progress=self._ctx.progress)
+            timed = int(self._figures.get("dynamic_forms_timed", 0)) + found.timed
+            self._figures["dynamic_forms_timed"] = timed
+        else:
+            found = search.untimed()
+        return self._built(base, search, found.forms)
+
+    def _built(self, base: _Base, search: Search, forms: Mapping[str, Form]) -> _Result:
+        model, done = search.written(forms)
+        return _Result(base, model, {n: f for n, f in forms.items() if n in done})
+
+    def _fastest(self, results: Sequence[_Result], judge: Judge) -> _Result:
+        """The best result that is not slower than float; the last one if there is none."""
+        for _ in range(2):  # a verdict is heard twice where it goes against all
+            times = judge.times([self._model, *(result.model for result in results)])
+            rated = [judge.rate(result.model) for result in results]
+            scores = [
+                (each.score(seconds), place)
+                for place, (each, seconds) in enumerate(zip(rated, times[1:], strict=True))
+                if times[0] / seconds >= _LOSES and each.sqnr_db >= self._options.min_sqnr_db
+            ]
+            if scores:
+                break
+        place = max(scores)[1] if scores else len(results) - 1
+        if results[place].forms:
+            self._figures["dynamic_sqnr_db"] = round(rated[place].sqnr_db, 1)
+            self._figures["speed_ratio"] = round(times[0] / times[place + 1], 3)
+        return results[place]
+
+    def _timed(self) -> bool:
+        return (
+            self._options.objective is Objective.LATENCY
+            and self._options.search_seconds > 0
+            and self._ctx.target == detect_target()
+        )
+
+    def _samples(self) -> Dataset:
+        if self._ctx.calibration is not None:
+            return self._ctx.calibration
+        return synthetic_dataset(self._model, samples=_SYNTHETIC_SAMPLES, seed=self._ctx.seed)
+
+    def _merged(self, result: _Result) -> PassReport:
+        """The static report and what became dynamic, in one."""
+        static, forms = result.base.static.report, result.forms
+        nodes = {node.name or "": node for node in self._work.graph.all_nodes()}
+        types = {name: node.op_type for name, node in nodes.items()}
+        inner = {name for name, node in nodes.items() if node.graph is not self._work.graph}
+        skips = {skip.node: skip for skip in static.skips if skip.node not in forms}
+        for item in result.base.items:
+            if item.name not in forms and item.name not in skips:
+                reason = "by the clock or the outputs it is better in float"
+                skips[item.name] = Skip(item.name, item.op_type, reason)
+        for name, reason in result.base.reasons.items():
+            # Static quantization does not look into branches nor at recurrent nodes.
+            if name not in skips or name in inner or types.get(name) in _RECURRENT:
+                skips[name] = Skip(name, types.get(name, ""), reason)
+        changes = [Change(name, types.get(name, ""), form.value) for name, form in forms.items()]
+        computed = sum(form is not Form.STORED for form in forms.values())
+        figures = dict(static.figures) | self._figures
+        figures["integer_nodes"] = int(figures.get("integer_nodes", 0)) + computed
+        if forms:
+            figures |= {"dynamic_nodes": computed, "stored_nodes": len(forms) - computed}
+        notes = list(static.notes)
+        if forms and notes and not result.base.static.nodes:
+            notes.pop()  # it says that the model was left in float
+        notes += self._notes
+        if forms and not computed:
+            notes.append(
+                "Dynamic forms are no faster than float here: weights are stored in 8 bits, which "
+                "onnxruntime turns back into float once, at load."
+            )
+        if _BY_TENSOR & set(forms.values()):
+            notes.append(_BATCH_NOTE)
+        return PassReport((*static.changes, *changes), tuple(skips.values()), figures, tuple(notes))
+
+
+def _elements(model: ir.Model) -> int:
+    """Elements of all floating-point or 8-bit constants."""
+    return sum(
+        v.const_value.size
+        for graph in model.graphs()
+        for v in graph.initializers.values()
+        if v.const_value is not None
+    )

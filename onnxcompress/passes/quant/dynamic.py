@@ -28,6 +28,7 @@ from onnxcompress.passes.quant.dynamic_search import Item, Search, find_items, s
 from onnxcompress.passes.quant.dynamic_write import drop_unread, write_forms
 from onnxcompress.passes.quant.judge import Judge
 from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.search.goals import MARGIN_DB
 from onnxcompress.targets import detect_target
 
 _GOOD_ENOUGH_DB = 30.0
@@ -70,20 +71,39 @@ StaticRun = Callable[[ir.Model, frozenset[str]], Static]
 """Quantizes a model in place, leaving the given nodes in float."""
 
 
-def plan_dynamic(model: ir.Model, refuse: Refuse) -> PassReport:
-    """Say which nodes have a dynamic form."""
+def plan_dynamic(
+    model: ir.Model, ctx: PassContext, refuse: Refuse, static: PassReport | None = None
+) -> PassReport:
+    """Say which nodes have a dynamic form, beside those of a static plan.
+
+    Args:
+        model: The model; it is not changed.
+        ctx: The job.
+        refuse: Gives a reason to leave a node alone, or None.
+        static: What static quantization would do.
+    """
+    if not _supported(ctx):
+        return static or _unsupported(model, ctx)
     probe = model_io.clone(model)
     fold_weight_chains(probe)
-    items, reasons = find_items(probe, refuse, convolutions=True)
+    items, reasons = find_items(probe, refuse, convolutions=static is None)
+    planned = () if static is None else static.changes
+    taken = {change.node for change in planned}
+    dynamic = tuple(
+        Change(item.name, item.op_type, f"may become {form.value}", 3 * item.elements)
+        for item in items
+        for form in [item.forms[0] if item.forms else Form.STORED]
+        if item.name not in taken
+    )
+    taken |= {change.node for change in dynamic}
     types = {node.name: node.op_type for node in probe.graph.all_nodes()}
+    skips = {skip.node: skip for skip in (() if static is None else static.skips)}
+    for name, reason in reasons.items():
+        skips.setdefault(name, Skip(name, types[name], reason))
     return PassReport(
-        changes=tuple(
-            Change(item.name, item.op_type, f"may be written with {form.value}")
-            for item in items
-            for form in [item.forms[0] if item.forms else Form.STORED]
-        ),
-        skips=tuple(Skip(name, types[name], reason) for name, reason in reasons.items()),
-        figures={"dynamic_candidates": len(items)},
+        changes=(*planned, *dynamic),
+        skips=tuple(skip for name, skip in skips.items() if name not in taken),
+        figures={"candidate_nodes": len(taken)},
     )
 
 
@@ -169,6 +189,9 @@ class _Run:
         self._grid = weight_grid(reduce_range=ctx.target.reduce_range)
         self._figures: dict[str, float | int | str] = {}
         self._notes: list[str] = []
+        asked = ctx.goals.min_sqnr_db
+        aimed = options.min_sqnr_db if asked is None else asked + MARGIN_DB
+        self._least_db = max(options.min_sqnr_db, aimed)
 
     def report(self) -> PassReport:
         """Quantize and say what was done."""
@@ -243,7 +266,7 @@ class _Run:
 
     def _searched(self, base: _Base, judge: Judge) -> _Result:
         search = Search(
-            base.model, base.items, judge, self._grid, least_db=self._options.min_sqnr_db
+            base.model, base.items, judge, self._grid, least_db=self._least_db
         )
         if self._timed():
             found = search.run(seconds=self._options.search_seconds, progress=self._ctx.progress)
@@ -265,7 +288,7 @@ class _Run:
             scores = [
                 (each.score(seconds), place)
                 for place, (each, seconds) in enumerate(zip(rated, times[1:], strict=True))
-                if times[0] / seconds >= _LOSES and each.sqnr_db >= self._options.min_sqnr_db
+                if times[0] / seconds >= _LOSES and each.sqnr_db >= self._least_db
             ]
             if scores:
                 break

@@ -63,7 +63,7 @@ class QuantPass:
     """
 
     name: ClassVar[str] = "quant"
-    summary: ClassVar[str] = "Run convolutions and matrix products on 8-bit integers (static, QDQ)."
+    summary: ClassVar[str] = "Run convolutions, products and LSTM on 8-bit integers (static or dynamic)."
     stage: ClassVar[Stage] = Stage.PRECISION
     needs: ClassVar[frozenset[Statistic]] = frozenset(
         {Statistic.RANGE, Statistic.TAIL, Statistic.HISTOGRAM, Statistic.MEAN, Statistic.MOMENTS}
@@ -85,9 +85,15 @@ class QuantPass:
         Raises:
             UsageError: If a name pattern or operator matches no node.
         """
+        self._check_patterns(model)
         if self._options.mode is Mode.DYNAMIC:
-            self._check_patterns(model)
-            return plan_dynamic(model, self._excluded)
+            return plan_dynamic(model, ctx, self._excluded)
+        static = self._plan_static(model, ctx)
+        if self._options.mode is Mode.STATIC:
+            return static
+        return plan_dynamic(model, ctx, self._excluded, static)
+
+    def _plan_static(self, model: ir.Model, ctx: PassContext) -> PassReport:
         probe = model_io.clone(model)
         prepare(probe)
         network = Network(probe, symmetric=ctx.target.symmetric_activations)

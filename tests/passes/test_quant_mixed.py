@@ -19,6 +19,8 @@ from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass, mixed
 from onnxcompress.passes.quant.precision import Precision, fallbacks_for
+from onnxcompress.pipeline import compress
+from onnxcompress.report.json import compression_report, dumps
 from onnxcompress.search.parallel import Backend, Workers, run_tasks
 from onnxcompress.progress import SilentProgress
 from onnxcompress.targets import target_by_name
@@ -210,20 +212,24 @@ def test_whole_models_with_16_bit_activations(tmp_path: Path) -> None:
     assert any("16-bit" in note for note in report.notes)
 
 
-def test_serial_and_parallel_give_the_same_bits(tmp_path: Path) -> None:
-    pytest.importorskip("joblib")
+@pytest.mark.parametrize(
+    ("backend", "package"),
+    [(Backend.LOKY, "joblib"), (Backend.DASK, "distributed"), (Backend.RAY, "ray")],
+)
+def test_serial_and_parallel_give_the_same_bits(
+    backend: Backend, package: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
     made = []
-    for jobs in (1, 2):
+    for workers in (Workers(jobs=1), Workers(jobs=2, backend=backend)):
         model, data = _planted(1)
-        folder = tmp_path / str(jobs)
+        folder = tmp_path / str(workers.jobs)
         folder.mkdir()
-        job = dataclasses.replace(
-            _job(folder, data, 34.0), workers=Workers(jobs=jobs)
-        )
+        job = dataclasses.replace(_job(folder, data, 34.0), workers=workers)
         report = QuantPass(_options()).run(model, job)
         figures = {k: v for k, v in report.figures.items() if not k.endswith("seconds")}
         made.append((ir.to_proto(model), report.tables, report.skips, figures))
-        assert (folder / "quant-versions" / "kit.pickle").exists() == (jobs == 2)
+        assert (folder / "quant-versions" / "kit.pickle").exists() == (workers.jobs == 2)
     assert made[0] == made[1]
 
 
@@ -290,3 +296,29 @@ def test_agreement_and_drop_can_be_goals(tmp_path: Path) -> None:
         (got,) = run_model(result, feeds).values()
         assert (got.argmax(axis=1) == wanted.argmax(axis=1)).all()
         assert "matmul_1" in _lifted(report)
+
+
+def test_the_limits_of_a_run_reach_the_pass_and_the_table_the_report(tmp_path: Path) -> None:
+    model, _ = _planted(2)
+    path = tmp_path / "model.onnx"
+    model_io.save(model, path)
+    samples = np.random.default_rng(3).normal(size=(96, WIDTH)).astype(np.float32)
+    run = {
+        "passes": ["quant"],
+        "calib": {"x": samples[:48]},
+        "eval": {"x": samples[48:]},
+        "options": {"quant": {"objective": "size", "fallback": "float"}},
+        "measure": False,
+        "simplify": False,
+        "fold": False,
+    }
+    plain = compress(path, tmp_path / "plain.onnx", **run)  # type: ignore[arg-type]
+    gates = Gates(min_sqnr_db=33.0)
+    kept = compress(path, tmp_path / "kept.onnx", gates=gates, **run)  # type: ignore[arg-type]
+    assert plain.verification is not None
+    assert (plain.verification.comparison.outputs[0].sqnr_db or 0) < 33.0
+    assert kept.passed
+    report = compression_report(kept)
+    (quant,) = (each for each in kept.passes if each.name == "quant")
+    assert quant.report.tables[0].columns[0] == "node"
+    assert "matmul_2" in dumps(report)

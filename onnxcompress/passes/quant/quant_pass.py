@@ -51,6 +51,9 @@ _LOSES = 0.98
 _GAINS = 1.02
 """Below this speed against float the report says that integers bring no speed-up."""
 
+_REPAIRS = 3
+"""How often parts of a result that is slower than float are put back to float."""
+
 _FINAL_SECONDS = 1.5
 """Time to compare the result with float."""
 
@@ -405,11 +408,12 @@ class _Run:
         if not self._timed():
             return mixed
         ratio = self._speed_ratio(mixed)
-        if ratio < _LOSES:
+        for _ in range(_REPAIRS):
+            if ratio >= _LOSES:
+                break
             fewer = self._without_slow_parts(mixed)
             if fewer is None:
-                self._figures["speed_ratio"] = round(ratio, 3)
-                return None
+                break
             mixed, ratio = fewer
         self._figures["speed_ratio"] = round(ratio, 3)
         if _LOSES <= ratio < _GAINS:
@@ -443,7 +447,8 @@ class _Run:
             seconds=self._options.search_seconds,
             progress=self._ctx.progress,
         )
-        self._figures["regions_timed"] = found.timed
+        timed = int(self._figures.get("regions_timed", 0))
+        self._figures["regions_timed"] = timed + found.timed
         fewer = self._mixer.rebuilt(mixed, found.chosen)
         if fewer is None:
             return None

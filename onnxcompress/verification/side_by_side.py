@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcompress import model_io
+from onnxcompress.calibration.padding import without_padding
 from onnxcompress.calibration.sources import Dataset
 from onnxcompress.errors import ModelError
 from onnxcompress.interface import input_specs, output_specs
@@ -130,8 +131,12 @@ def verify_models(
     feeds = data.first()
     after, second, fatal = _open_result(before, result, settings)
     comparison = Comparison(fatal=fatal)
+    compared = data
     if after is not None and second is not None and not fatal:
-        comparison = compare_outputs(first, second, data, batch_size=batch_size, progress=progress)
+        compared = _counted(data, first)
+        comparison = compare_outputs(
+            first, second, compared, batch_size=batch_size, progress=progress
+        )
     del first, second
     runs = measure and after is not None and not comparison.fatal
     memory = _memory((before, after), feeds, settings, progress) if runs else {}
@@ -145,11 +150,16 @@ def verify_models(
         gates=() if comparison.fatal else _judge(gates, comparison),
         enforced=gates.enforced,
         timings=timings,
-        data=data.description,
+        data=compared.description,
         synthetic=data.synthetic,
         providers=settings.providers,
         warnings=tuple(_warnings(data, comparison, timings)),
     )
+
+
+def _counted(data: Dataset, session: Session) -> Dataset:
+    """What counts of ``data``: not the positions that a mask tells the model to ignore."""
+    return without_padding(data, lambda: session.run) or data
 
 
 def time_models(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,6 +13,7 @@ from onnxcompress.calibration.padding import without_padding
 from onnxcompress.calibration.sources import Dataset, open_dataset
 from onnxcompress.interface import input_specs
 from onnxcompress.runtime import open_session
+from onnxcompress.verification.side_by_side import verify_models
 from tests.builder import ModelBuilder
 from tests.running import SETTINGS
 
@@ -63,6 +66,15 @@ def test_samples_are_cut_behind_their_last_token() -> None:
     rows = next(iter(data.batches(8)))["ids"]
     expected = np.concatenate([row[:n] for row, n in zip(rows, _LENGTHS, strict=True)])
     np.testing.assert_array_equal(whole, expected)
+
+
+def test_verification_compares_what_counts(tmp_path: Path) -> None:
+    model = _attention(masked=True)
+    path = tmp_path / "model.onnx"
+    model_io.save(model, path)
+    checked = verify_models(path, path, _data(model), measure=False)
+    assert checked.passed
+    assert checked.data.endswith("(padding left out)")
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -27,6 +27,7 @@ from onnxcompress.passes.quant.judge import Judge
 from onnxcompress.passes.quant.options import Mode
 from onnxcompress.runtime import optimized_graph
 from onnxcompress.targets import detect_target, target_by_name
+from onnxcompress.verification.gates import Gates
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import RUNNABLE, Fixture, fixture
 from tests.running import SETTINGS, context, interface, run_model
@@ -154,9 +155,7 @@ def test_data_of_several_products_are_rounded_once() -> None:
     ("form", "kernel"), [(Form.TENSOR, "DynamicQuantizeMatMul"), (Form.BLOCKS, "MatMulNBits")]
 )
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_gemm_becomes_one_kernel_with_its_bias(
-    form: Form, kernel: str, transposed: bool
-) -> None:
+def test_a_gemm_becomes_one_kernel_with_its_bias(form: Form, kernel: str, transposed: bool) -> None:
     b = ModelBuilder("gemm")
     x = b.input("x", ["batch", 64])
     weight = b.weight(*((48, 64) if transposed else (64, 48)), fan_in=64)
@@ -354,7 +353,9 @@ def test_old_operator_sets_have_blocks_but_no_rounding_at_run_time() -> None:
 # --- the pass ------------------------------------------------------------------------------------
 
 
-def quantized(model: ir.Model, work_dir: Path, data: Dataset | None, **values: object) -> PassReport:
+def quantized(
+    model: ir.Model, work_dir: Path, data: Dataset | None, **values: object
+) -> PassReport:
     options = QuantOptions.parse(values, owner="quant")
     return QuantPass(options).run(model, context(work_dir, data))
 
@@ -420,9 +421,7 @@ def test_what_ruins_the_outputs_stays_in_float(tmp_path: Path) -> None:
 
 def test_patterns_hold_in_dynamic_mode(tmp_path: Path) -> None:
     model = tagger()
-    report = quantized(
-        model, tmp_path, None, mode="dynamic", objective="size", exclude="lstm*"
-    )
+    report = quantized(model, tmp_path, None, mode="dynamic", objective="size", exclude="lstm*")
     assert ops(model)["LSTM"] == 1
     assert {skip.op_type: skip.reason for skip in report.skips} == {"LSTM": "excluded by name"}
     with pytest.raises(UsageError, match="nothing_like_it"):
@@ -462,3 +461,41 @@ def test_nothing_slower_than_float_is_shipped(
     assert bool(report.figures["dynamic_nodes"]) is faster
     assert ("LSTM" in ops(model)) is not faster
     assert int(report.figures["stored_nodes"]) == (0 if faster else 2)
+
+
+@pytest.mark.parametrize(("least", "dynamic_nodes"), [(20.0, 2), (90.0, 0)])
+def test_limits_of_the_user_are_kept(least: float, dynamic_nodes: int, tmp_path: Path) -> None:
+    model = tagger()
+    data = synthetic_dataset(model, samples=8, seed=0)
+    ctx = dataclasses.replace(context(tmp_path, data), goals=Gates(min_sqnr_db=least))
+    options = QuantOptions.parse({"mode": "dynamic", "objective": "size"}, owner="quant")
+    report = QuantPass(options).run(model, ctx)
+    assert report.figures.get("dynamic_nodes", 0) == dynamic_nodes
+    assert ops(model)["LSTM"] == (0 if dynamic_nodes else 1)
+
+
+def test_limits_on_decisions_are_kept(tmp_path: Path) -> None:
+    model = tagger()
+    data = synthetic_dataset(model, samples=8, seed=0)
+    ctx = dataclasses.replace(context(tmp_path, data), goals=Gates(min_cosine=0.9999999))
+    options = QuantOptions.parse({"mode": "dynamic", "objective": "size"}, owner="quant")
+    report = QuantPass(options).run(model, ctx)
+    assert not report.changes
+
+
+def test_embeddings_go_with_dynamic_nodes(tmp_path: Path) -> None:
+    b = ModelBuilder("embedded_tagger")
+    ids = b.input("ids", [6, 1], np.int64)
+    x = b.op("Gather", b.weight(500, 32, fan_in=4), ids)
+    y = b.ops(
+        "LSTM", x, b.weight(1, 128, 32, fan_in=32), b.weight(1, 128, 32, fan_in=32),
+        outputs=3, hidden_size=32,
+    )[0]  # fmt: skip
+    b.output(y)
+    model = normalized(b.build())
+    reference = model_io.clone(model)
+    report = quantized(model, tmp_path, None, mode="dynamic", objective="size")
+    assert {change.op_type for change in report.changes} >= {"Gather", "LSTM"}
+    assert float_bytes(model) < float_bytes(reference) / 10
+    feeds = synthetic_dataset(reference, samples=4, seed=3).first()
+    assert sqnr_db(run_model(model, feeds), run_model(reference, feeds)) > 30

@@ -22,12 +22,15 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
 from onnxcompress.numerics.affine import weight_grid
 from onnxcompress.passes.base import Change, PassReport, Skip
+from onnxcompress.passes.quant.aim import Aim, find_aim
 from onnxcompress.passes.quant.constant_chains import fold_weight_chains
 from onnxcompress.passes.quant.dynamic_rules import RULES, Form, element_count, forms_of
 from onnxcompress.passes.quant.dynamic_search import Item, Search, find_items, start
 from onnxcompress.passes.quant.dynamic_write import drop_unread, write_forms
+from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.judge import Judge
 from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.runtime import open_session
 from onnxcompress.search.goals import MARGIN_DB
 from onnxcompress.targets import detect_target
 
@@ -159,6 +162,7 @@ class _Base:
     static: Static
     items: tuple[Item, ...]
     reasons: Mapping[str, str]
+    embedded: tuple[Change, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,6 +193,7 @@ class _Run:
         self._grid = weight_grid(reduce_range=ctx.target.reduce_range)
         self._figures: dict[str, float | int | str] = {}
         self._notes: list[str] = []
+        self._aim: Aim | None = None
         asked = ctx.goals.min_sqnr_db
         aimed = options.min_sqnr_db if asked is None else asked + MARGIN_DB
         self._least_db = max(options.min_sqnr_db, aimed)
@@ -212,6 +217,10 @@ class _Run:
         static = Static(PassReport(), frozenset())
         if self._static is not None:
             static = self._static(model, kept)
+        embedded: tuple[Change, ...] = ()
+        if not static.nodes and self._options.embeddings and not self._options.op_types:
+            refused = frozenset(n.name or "" for n in model.graph if self._refuse(n))
+            embedded, _ = quantize_embeddings(model, refused, self._options.min_sqnr_db)
         items, reasons = find_items(
             model,
             lambda node: self._refuse(node) if node.name not in static.nodes else "it is static",
@@ -222,7 +231,7 @@ class _Run:
             few = "it is too small a part of the model to matter"
             reasons |= {item.name: few for item in items}
             items = ()
-        return _Base(model, static, items, reasons)
+        return _Base(model, static, items, reasons, embedded)
 
     def _rivals(self, base: _Base) -> frozenset[str]:
         """Static products that a dynamic form could replace; none unless they matter."""
@@ -254,7 +263,8 @@ class _Run:
             done = write_forms(model, forms, self._grid)
             return _Result(base, model, {n: f for n, f in forms.items() if n in done})
         if not self._timed():
-            return self._searched(base, judge)
+            result = self._searched(base, judge)
+            return result if self._keeps(result.model) else _Result(base, base.model, {})
         results = [self._searched(base, judge)] if base.items else []
         if rivals and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
             results.append(self._searched(self._based(rivals), judge))
@@ -290,13 +300,26 @@ class _Run:
                 for place, (each, seconds) in enumerate(zip(rated, times[1:], strict=True))
                 if times[0] / seconds >= _LOSES and each.sqnr_db >= self._least_db
             ]
+            scores = [each for each in scores if self._keeps(results[each[1]].model)]
             if scores:
                 break
+        last = results[-1]  # its executed graph is that of the base, so time need not decide
+        if not scores and (rated[-1].sqnr_db < self._least_db or not self._keeps(last.model)):
+            return _Result(last.base, last.base.model, {})
         place = max(scores)[1] if scores else len(results) - 1
         if results[place].forms:
             self._figures["dynamic_sqnr_db"] = round(rated[place].sqnr_db, 1)
             self._figures["speed_ratio"] = round(times[0] / times[place + 1], 3)
         return results[place]
+
+    def _keeps(self, model: ir.Model) -> bool:
+        """Whether ``model`` keeps the user's limits on the calibration samples."""
+        if self._ctx.goals.are_default or self._ctx.calibration is None:
+            return True
+        if self._aim is None:
+            self._aim = find_aim(self._model, self._ctx, self._options.min_sqnr_db)
+        session = open_session(model, self._aim.settings)
+        return not self._aim.goals.missed(self._aim.reference.compare(session))
 
     def _timed(self) -> bool:
         return (
@@ -316,7 +339,9 @@ class _Run:
         nodes = {node.name or "": node for node in self._work.graph.all_nodes()}
         types = {name: node.op_type for name, node in nodes.items()}
         inner = {name for name, node in nodes.items() if node.graph is not self._work.graph}
-        skips = {skip.node: skip for skip in static.skips if skip.node not in forms}
+        embedded = {change.node for change in result.base.embedded} if forms else set()
+        treated = embedded | set(forms)
+        skips = {skip.node: skip for skip in static.skips if skip.node not in treated}
         for item in result.base.items:
             if item.name not in forms and item.name not in skips:
                 reason = "by the clock or the outputs it is better in float"
@@ -342,6 +367,8 @@ class _Run:
             )
         if _BY_TENSOR & set(forms.values()):
             notes.append(_BATCH_NOTE)
+        if forms:
+            changes = [*result.base.embedded, *changes]
         return PassReport((*static.changes, *changes), tuple(skips.values()), figures, tuple(notes))
 
 

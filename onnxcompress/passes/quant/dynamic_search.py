@@ -24,7 +24,7 @@ from onnxcompress.passes.quant.dynamic_rules import (
     forms_of,
     product_of,
 )
-from onnxcompress.passes.quant.dynamic_write import write_forms
+from onnxcompress.passes.quant.dynamic_write import Memory, write_forms
 from onnxcompress.passes.quant.judge import Judge, Rated
 from onnxcompress.progress import Progress
 
@@ -143,6 +143,7 @@ class Search:
     ) -> None:
         self._base, self._items, self._judge = base, items, judge
         self._grid, self._least_db = grid, least_db
+        self._memory: Memory = {}
 
     def build(self, forms: Forms) -> Rated:
         """The model with ``forms`` written into it."""
@@ -151,7 +152,7 @@ class Search:
     def written(self, forms: Forms) -> tuple[ir.Model, frozenset[str]]:
         """The model with ``forms`` written into it, and the nodes that were really changed."""
         model = model_io.clone(self._base)
-        return model, write_forms(model, forms, self._grid)
+        return model, write_forms(model, forms, self._grid, self._memory)
 
     def untimed(self) -> Found:
         """The usual forms; those that are too far from float stay float."""

@@ -24,8 +24,7 @@ import onnx_ir.passes.common as common_passes
 from onnxcompress.graph.constants import Array, constant_of, set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics import blockwise
-from onnxcompress.numerics.affine import Affine, Grid, quantize
-from onnxcompress.numerics.scale_search import fitted_affine
+from onnxcompress.numerics.affine import Affine, Grid, quantize, weight_affine
 from onnxcompress.passes.quant.dynamic_rules import (
     FloatMatrix,
     Form,
@@ -43,19 +42,26 @@ _EXACT_CODES = 4
 _NOT_FOR_LSTM = frozenset({"layout", "output_sequence"})
 
 
-def write_forms(model: ir.Model, forms: Mapping[str, Form], grid: Grid) -> frozenset[str]:
+Memory = dict[tuple[str, bool, float], blockwise.Blocks]
+"""Weights rounded in blocks, by name, and whether and how they were transposed and scaled."""
+
+
+def write_forms(
+    model: ir.Model, forms: Mapping[str, Form], grid: Grid, memory: Memory | None = None
+) -> frozenset[str]:
     """Write ``forms`` into ``model``, in place.
 
     Args:
         model: The model; nodes are found by name, in subgraphs too.
         forms: Node name to a form that its rule allows.
         grid: The grid of weights. Blocks always use all 8 bits: their kernel cannot overflow.
+        memory: Rounded weights of earlier versions of the same model; those made are added.
 
     Returns:
         The nodes that were really changed: a stored weight that a node in another form reads as
         well stays as it is.
     """
-    writer = _Writer(model, grid)
+    writer = _Writer(model, grid, {} if memory is None else memory)
     nodes = {node.name: node for node in model.graph.all_nodes() if node.name in forms}
     done = set()
     for name, node in nodes.items():
@@ -80,8 +86,9 @@ def drop_unread(model: ir.Model) -> None:
 
 
 class _Writer:
-    def __init__(self, model: ir.Model, grid: Grid) -> None:
+    def __init__(self, model: ir.Model, grid: Grid, memory: Memory) -> None:
         self._model, self._grid, self._namer = model, grid, Namer(model)
+        self._memory = memory
         self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._rounded_in: dict[ir.Value, ir.Graph | ir.Function | None] = {}
         self._constants: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
@@ -131,13 +138,8 @@ class _Writer:
 
     def _by_blocks(self, product: Product, place: ir.Node, data: ir.Value) -> ir.Value:
         key = (product.weight, product.transposed, product.factor, Form.BLOCKS)
-        matrix = product.matrix()
-        length, outputs = matrix.shape
-        block = block_length(length)
+        blocks = self._blocks(product)
         if key not in self._constants:
-            blocks = blockwise.fitted(
-                np.ascontiguousarray(matrix.T), bits=8, block=block, symmetric=True
-            )
             self._constants[key] = (
                 self._constant(product.weight, "codes", blocks.codes),
                 self._constant(product.weight, "scale", blocks.scale),
@@ -146,22 +148,29 @@ class _Writer:
         if product.bias is not None and product.row:
             inputs += [None, None, self._row(product)]
         attributes = {
-            "K": length,
-            "N": outputs,
+            "K": blocks.columns,
+            "N": len(blocks.codes),
             "bits": 8,
-            "block_size": block,
+            "block_size": blocks.block,
             "accuracy_level": _EXACT_CODES,
         }
         name = product.node.name or ""
         result = self._add(place, "MatMulNBits", inputs, name, "product", attributes, _MICROSOFT)
-        if product.bias is None or product.row:
-            return result
-        return self._add(place, "Add", [result, product.bias], name, "biased")
+        rest = None if product.row else product.bias
+        return result if rest is None else self._add(place, "Add", [result, rest], name, "biased")
+
+    def _blocks(self, product: Product) -> blockwise.Blocks:
+        key = (product.weight.name or "", product.transposed, product.factor)
+        if key not in self._memory:
+            rows = np.ascontiguousarray(product.matrix().T)
+            self._memory[key] = blockwise.fitted(
+                rows, bits=8, block=block_length(rows.shape[1]), symmetric=True
+            )
+        return self._memory[key]
 
     def _row(self, product: Product) -> ir.Value:
         """The bias; as [N] if it is a row of another rank."""
-        bias = product.bias
-        if bias is None:
+        if (bias := product.bias) is None:
             raise ValueError(f"{product.node.op_type} '{product.node.name}' has no bias")
         array = constant_of(bias) if product.row else None
         if array is None or array.ndim == 1:
@@ -290,7 +299,8 @@ class _Writer:
     # --- small parts -----------------------------------------------------------------------------
 
     def _rows(self, matrix: FloatMatrix) -> tuple[Array, Affine]:
-        affine = fitted_affine(matrix, self._grid)
+        # Clipping the largest weights of a row gains less than 0.2 dB with 8 bits.
+        affine = weight_affine(np.abs(matrix).max(axis=1, initial=0.0), self._grid)
         return quantize(matrix, affine, 0), affine
 
     def _round(self, place: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -388,7 +398,6 @@ def _owner(value: ir.Value) -> ir.Graph:
 
 
 def _required(node: ir.Node, place: int) -> ir.Value:
-    value = node.inputs[place]
-    if value is None:
+    if (value := node.inputs[place]) is None:
         raise ValueError(f"{node.op_type} '{node.name}' lacks its input {place}")
     return value

@@ -10,7 +10,16 @@ facts behind the table, measured with onnxruntime:
 - ARM multiplies ``int8 x int8``. Activations keep a zero point of their own: with it fixed at 0 a
   Relu cannot be performed by saturation, and onnxruntime then finds no integer kernel for the
   convolution before it.
-- CUDA (TensorRT) multiplies ``int8 x int8`` and takes no zero point but 0.
+- TensorRT multiplies ``int8 x int8`` and takes no zero point but 0.
+- QNN takes uint8 activations with a zero point (onnxruntime's own configuration for it,
+  ``quantization/execution_providers/qnn/quant_config.py``) and int8 weights per channel in Conv
+  (onnxruntime pull requests 20154 and 25986).
+- OpenVINO takes uint8 activations with a zero point and symmetric int8 weights (its "Low Precision
+  IR" and quantization scheme pages).
+- Phones follow LiteRT's 8-bit specification (ai.google.dev/edge/litert, "quantization_spec"): int8
+  activations with a zero point, weights in [-127, 127] with zero point 0 per channel, and pools
+  whose output has the scale of their input. Its Concat wants one scale for all of its tensors; that
+  is done where no Relu and no much finer branch is lost by it.
 - Kernels work on blocks of channels; a count that is no multiple of the block can be slower than no
   pruning.
 """
@@ -46,6 +55,10 @@ class Target:
             cannot saturate.
         channel_alignment: Channel counts should be multiples of this.
         summary: One sentence for users.
+        on_cpu: Whether onnxruntime's CPU kernels run the result: only then does this machine's
+            clock say anything, and only they need integers between nodes that move them.
+        tied_operators: Operators whose output must have the scale of their input, beside those that
+            only move values.
     """
 
     name: str
@@ -54,6 +67,8 @@ class Target:
     reduce_range: bool
     channel_alignment: int
     summary: str = ""
+    on_cpu: bool = True
+    tied_operators: frozenset[str] = frozenset()
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -63,7 +78,28 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target("x86-vnni", "uint8", False, False, 16, "x86-64 with AVX-512 VNNI or AVX-VNNI"),
             Target("x86-avx2", "uint8", False, True, 8, "x86-64 without VNNI: weights in 7 bits"),
             Target("arm64", "int8", False, False, 8, "64-bit ARM (Apple, Graviton, phones)"),
-            Target("cuda", "int8", True, False, 8, "NVIDIA GPUs (TensorRT)"),
+            Target("cuda", "int8", True, False, 8, "NVIDIA GPUs", on_cpu=False),
+            Target("tensorrt", "int8", True, False, 8, "NVIDIA GPUs (TensorRT)", on_cpu=False),
+            Target("qnn", "uint8", False, False, 8, "Qualcomm NPUs (QNN HTP)", on_cpu=False),
+            Target(
+                "openvino",
+                "uint8",
+                False,
+                False,
+                16,
+                "Intel (OpenVINO)",
+                on_cpu=False,
+            ),
+            Target(
+                "mobile",
+                "int8",
+                False,
+                False,
+                8,
+                "phones (XNNPACK, NNAPI, LiteRT's specification)",
+                on_cpu=False,
+                tied_operators=frozenset({"AveragePool", "GlobalAveragePool"}),
+            ),
             Target(
                 "generic", "uint8", False, True, 8, "any CPU: the choices that are safe everywhere"
             ),

@@ -58,5 +58,5 @@ def test_only_16_bit_sums_reduce_the_range() -> None:
 
 def test_a_symmetric_target_takes_signed_activations() -> None:
     symmetric = {name: t for name, t in TARGETS.items() if t.symmetric_activations}
-    assert list(symmetric) == ["cuda"]
+    assert list(symmetric) == ["cuda", "tensorrt"]
     assert all(t.activation_dtype == "int8" for t in symmetric.values())

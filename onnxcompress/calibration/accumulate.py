@@ -61,6 +61,36 @@ class RangeSums:
         return RangeResult(self.minimum, self.maximum, self.count)
 
 
+class MovingExtremes:
+    """Moving averages of extremes, one sample after the other.
+
+    Args:
+        memory: See :class:`~onnxcompress.calibration.statistics.MovingRangeRequest`.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._seen = 0
+        self._low = self._high = 0.0
+        self.count = 0
+
+    def update(self, minimum: Array, maximum: Array, count: int) -> None:
+        """Take the extremes of each sample, [samples], over ``count`` elements in all."""
+        lows, highs = (np.asarray(a, np.float64).ravel() for a in (minimum, maximum))
+        for low, high in zip(lows, highs, strict=True):
+            self._seen += 1
+            share = 1 / min(self._seen, self._memory)
+            self._low += (float(low) - self._low) * share
+            self._high += (float(high) - self._high) * share
+        self.count += count
+
+    def finish(self) -> RangeResult:
+        """The averages after everything seen."""
+        if not self._seen:
+            raise ValueError("no elements")
+        return RangeResult(np.array(self._low), np.array(self._high), self.count)
+
+
 class ErrorSums:
     """Squared errors per candidate."""
 

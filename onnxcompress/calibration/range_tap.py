@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.calibration.accumulate import RangeSums
+from onnxcompress.calibration.accumulate import MovingExtremes, RangeSums
 from onnxcompress.calibration.arrays import Array
 from onnxcompress.calibration.emit import Emitter
-from onnxcompress.calibration.statistics import RangeRequest, RangeResult
+from onnxcompress.calibration.statistics import MovingRangeRequest, RangeRequest, RangeResult
 from onnxcompress.errors import ModelError
 
 if TYPE_CHECKING:
@@ -75,6 +75,37 @@ class RangeTap:
         ):
             return self.request.value
         self._sums.update(low, high, count)
+        return None
+
+    def finish(self) -> RangeResult:
+        """See :class:`onnxcompress.calibration.taps.Tap`."""
+        return self._sums.finish()
+
+
+class MovingRangeTap:
+    """Extremes of each sample, averaged outside of the graph."""
+
+    def __init__(self, request: MovingRangeRequest, site: Site) -> None:
+        self.request = request
+        e, rank = site.emitter, site.rank(request.value)
+        x = site.floating(request.value)
+        self._shape = site.output(e.op("Shape", x))
+        self._watch = site.output(total_of(e, x, rank))
+        counts_samples = rank > 1 and site.sample(request.value) is not None
+        rows = e.op("Flatten", x, axis=1) if counts_samples else e.reshape(x, 1, -1)
+        self._low = site.output(e.reduce("ReduceMin", rows, [1]))
+        self._high = site.output(e.reduce("ReduceMax", rows, [1]))
+        self._sums = MovingExtremes(request.memory)
+
+    def update(self, outputs: Outputs, count: int) -> str | None:
+        """See :class:`onnxcompress.calibration.taps.Tap`."""
+        del count
+        low, high = outputs[self._low], outputs[self._high]
+        if np.isnan(outputs[self._watch].astype(np.float64)):
+            return self.request.value
+        if not np.isfinite(low).all() or not np.isfinite(high).all():
+            return self.request.value
+        self._sums.update(low, high, size_of(outputs[self._shape]))
         return None
 
     def finish(self) -> RangeResult:

@@ -105,6 +105,28 @@ class RangeRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class MovingRangeRequest:
+    """Moving average of the least and of the greatest element of each sample.
+
+    ``m_t = m_{t-1} + (x_t - m_{t-1}) / min(t, memory)``: the mean of the first ``memory`` samples,
+    then an exponential average. Where the first axis of the tensor is not known to count samples,
+    each run of the model counts as one.
+
+    Attributes:
+        value: Tensor name.
+        memory: Samples that count.
+    """
+
+    statistic: ClassVar[Statistic] = Statistic.RANGE
+    value: str
+    memory: int = 100
+
+    def __post_init__(self) -> None:
+        if self.memory < 1:
+            raise ValueError(f"the memory of '{self.value}' must be positive, not {self.memory}")
+
+
+@dataclass(frozen=True, slots=True)
 class TailRequest:
     """The exact quantiles ``fraction`` and ``1 - fraction``, ``0 < fraction < 0.5``."""
 
@@ -323,6 +345,7 @@ class CrossMomentsResult:
 
 Request: TypeAlias = (
     RangeRequest
+    | MovingRangeRequest
     | TailRequest
     | ClipErrorRequest
     | MeanRequest
@@ -355,6 +378,8 @@ class Statistics(Mapping[Request, Result]):
 
     @overload
     def __getitem__(self, key: RangeRequest) -> RangeResult: ...
+    @overload
+    def __getitem__(self, key: MovingRangeRequest) -> RangeResult: ...
     @overload
     def __getitem__(self, key: TailRequest) -> TailResult: ...
     @overload

@@ -20,7 +20,13 @@ from onnxcompress.calibration.emit import Emitter
 from onnxcompress.calibration.feeds import ShapesDifferError
 from onnxcompress.calibration.geometry import shift_columns, weight_order
 from onnxcompress.calibration.histogram_tap import HistogramTap
-from onnxcompress.calibration.range_tap import RangeTap, check_axis, size_of, total_of
+from onnxcompress.calibration.range_tap import (
+    MovingRangeTap,
+    RangeTap,
+    check_axis,
+    size_of,
+    total_of,
+)
 from onnxcompress.calibration.statistics import (
     ClipErrorRequest,
     ConvUnfold,
@@ -31,6 +37,7 @@ from onnxcompress.calibration.statistics import (
     MeanRequest,
     MomentsRequest,
     MomentsResult,
+    MovingRangeRequest,
     RangeRequest,
     Request,
     Result,
@@ -100,6 +107,8 @@ def make_tap(request: Request, site: Site) -> Tap:
     """
     if isinstance(request, RangeRequest):
         return RangeTap(request, site)
+    if isinstance(request, MovingRangeRequest):
+        return MovingRangeTap(request, site)
     if isinstance(request, TailRequest):
         return _TailTap(request, site)
     if isinstance(request, ClipErrorRequest):

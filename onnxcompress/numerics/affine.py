@@ -50,12 +50,14 @@ class Grid:
         low: Least integer used.
         high: Greatest integer used.
         symmetric: Whether the zero point is fixed at the middle of the range.
+        power_of_two: Whether scales are powers of two: fixed point, multiplied by shifting.
     """
 
     dtype: IntegerType
     low: int
     high: int
     symmetric: bool
+    power_of_two: bool = False
 
     @property
     def middle(self) -> int:
@@ -68,16 +70,16 @@ class Grid:
         return self.high - self.low
 
 
-def activation_grid(dtype: IntegerType, *, symmetric: bool) -> Grid:
+def activation_grid(dtype: IntegerType, *, symmetric: bool, power_of_two: bool = False) -> Grid:
     """The grid of activations: all of ``dtype``, to which ONNX's QuantizeLinear saturates."""
     info = np.iinfo(dtype)
-    return Grid(dtype, int(info.min), int(info.max), symmetric)
+    return Grid(dtype, int(info.min), int(info.max), symmetric, power_of_two)
 
 
 def wide_grid(grid: Grid) -> Grid:
     """The 16-bit grid of the same sign and symmetry: steps 256 times finer over the same range."""
     dtype: IntegerType = "uint16" if grid.dtype.startswith("u") else "int16"
-    return activation_grid(dtype, symmetric=grid.symmetric)
+    return activation_grid(dtype, symmetric=grid.symmetric, power_of_two=grid.power_of_two)
 
 
 def is_wide(grid: Grid) -> bool:
@@ -85,10 +87,10 @@ def is_wide(grid: Grid) -> bool:
     return grid.dtype in {"uint16", "int16"}
 
 
-def weight_grid(*, reduce_range: bool = False) -> Grid:
+def weight_grid(*, reduce_range: bool = False, power_of_two: bool = False) -> Grid:
     """The grid of weights: [-127, 127], or [-64, 64] where sums of two products have 16 bits."""
     high = 64 if reduce_range else 127
-    return Grid("int8", -high, high, True)
+    return Grid("int8", -high, high, True, power_of_two)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,15 +138,43 @@ def affine_from_range(minimum: npt.ArrayLike, maximum: npt.ArrayLike, grid: Grid
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     if grid.symmetric:
         width = np.maximum(-low, high) / (grid.high - grid.middle)
-        scale = _as_scale(width)
+        scale = _as_scale(width, grid)
         return Affine(scale, np.full(scale.shape, grid.middle, grid.dtype), grid)
-    scale = _as_scale((high - low) / grid.steps)
+    scale = _as_scale((high - low) / grid.steps, grid)
     zero = np.rint(grid.low - low / scale.astype(np.float64))
     return Affine(scale, np.clip(zero, grid.low, grid.high).astype(grid.dtype), grid)
 
 
-def _as_scale(width: FloatArray) -> ScaleArray:
-    return np.asarray(np.maximum(width, MIN_SCALE), np.float32)
+def _as_scale(width: FloatArray, grid: Grid) -> ScaleArray:
+    """The scale for steps of ``width``; the next power of two above where the grid wants one."""
+    wanted = np.asarray(np.maximum(width, MIN_SCALE), np.float32)
+    if not grid.power_of_two:
+        return wanted
+    mantissa, exponent = np.frexp(wanted)
+    return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), np.float32)
+
+
+def fixed_point_format(affine: Affine) -> str:
+    """The format ``Qm.n`` of a grid whose scales are powers of two.
+
+    ``n = -log₂ s`` bits are behind the point, ``m`` of the integer's bits before it (the sign left
+    out); either may be negative. ``UQm.n`` is the format of unsigned integers.
+
+    Args:
+        affine: The grid; per channel gives the range of formats.
+
+    Raises:
+        ValueError: If a scale is no power of two.
+    """
+    mantissa, exponent = np.frexp(np.atleast_1d(affine.scale))
+    if (mantissa != 0.5).any():
+        raise ValueError("a scale is no power of two")
+    unsigned = affine.grid.dtype.startswith("u")
+    bits = np.iinfo(affine.grid.dtype).bits - (0 if unsigned else 1)
+    behind = sorted({1 - int(e) for e in exponent})
+    return " to ".join(
+        f"{'U' if unsigned else ''}Q{bits - n}.{n}" for n in dict.fromkeys((behind[0], behind[-1]))
+    )
 
 
 def quantize(values: npt.NDArray[np.floating], affine: Affine, axis: int | None = None) -> IntArray:
@@ -232,7 +262,7 @@ def weight_affine(
     if bias is not None and input_scale > 0:
         need = np.abs(np.asarray(bias, np.float64)) / (input_scale * _BIAS_LIMIT)
         width = np.maximum(width, need if width.ndim else need.max(initial=0.0))
-    scale = _as_scale(width)
+    scale = _as_scale(width, grid)
     return Affine(scale, np.full(scale.shape, grid.middle, grid.dtype), grid)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcompress.calibration.statistics import HistogramRequest
+from onnxcompress.calibration.statistics import HistogramRequest, MovingRangeRequest
 from onnxcompress.errors import DataError
 from tests.calibration.builders import gather, identity
 
@@ -51,3 +51,18 @@ def test_nan_in_an_element_that_is_not_counted_is_found() -> None:
 def test_impossible_requests_are_refused(bins: int, elements: int | None) -> None:
     with pytest.raises(ValueError, match="'x'"):
         HistogramRequest("x", bins=bins, max_elements=elements)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("memory", [1, 4, 100])
+def test_a_moving_average_takes_the_samples_one_by_one(batch_size: int, memory: int) -> None:
+    x = _normal(10, 3, 5)
+    low = high = 0.0
+    for seen, sample in enumerate(x.astype(np.float64), 1):
+        low += (sample.min() - low) / min(seen, memory)
+        high += (sample.max() - high) / min(seen, memory)
+    request = MovingRangeRequest("x", memory=memory)
+    found = gather(identity(3), [request], {"x": x}, batch_size=batch_size)[request]
+    assert float(found.minimum) == pytest.approx(low, rel=1e-6)
+    assert float(found.maximum) == pytest.approx(high, rel=1e-6)
+    assert found.count == x.size

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from onnxcompress.numerics.affine import (
     affine_from_range,
     clip_candidates,
     dequantize,
+    fixed_point_format,
     quantize,
     quantize_bias,
     weight_affine,
@@ -121,3 +124,29 @@ def test_a_bias_that_overflows_is_refused_by_name_of_channel() -> None:
         quantize_bias(
             np.array([0.0, 1e6]), np.float32(1e-6) * np.ones((), np.float32), np.ones(2, np.float32)
         )
+
+
+@given(st.floats(1e-6, 1e6), st.floats(0, 1e6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_fixed_point_scales_are_the_least_powers_of_two_that_reach(
+    high: float, low: float, symmetric: bool
+) -> None:
+    dtype: Literal["int8", "uint8"] = "int8" if symmetric else "uint8"
+    free = affine_from_range(-low, high, activation_grid(dtype, symmetric=symmetric))
+    fixed = affine_from_range(
+        -low, high, activation_grid(dtype, symmetric=symmetric, power_of_two=True)
+    )
+    assert np.frexp(fixed.scale)[0] == 0.5
+    assert free.scale <= fixed.scale < 2 * free.scale
+
+
+def test_formats_say_how_many_bits_are_behind_the_point() -> None:
+    grid = activation_grid("int8", symmetric=True, power_of_two=True)
+    assert fixed_point_format(affine_from_range(-1.0, 0.9, grid)) == "Q1.6"
+    assert fixed_point_format(affine_from_range(-100.0, 0.9, grid)) == "Q7.0"
+    unsigned = activation_grid("uint8", symmetric=False, power_of_two=True)
+    assert fixed_point_format(affine_from_range(0.0, 255 / 256, unsigned)) == "UQ0.8"
+    weights = weight_affine(np.array([0.4, 3.0]), weight_grid(power_of_two=True))
+    assert fixed_point_format(weights) == "Q2.5 to Q-1.8"
+    with pytest.raises(ValueError, match="power of two"):
+        fixed_point_format(affine_from_range(0.0, 1.0, activation_grid("uint8", symmetric=False)))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.numerics.affine import (
+    Affine,
     activation_grid,
     affine_from_range,
     dequantize,
@@ -111,3 +112,33 @@ def test_denormals_and_the_greatest_floats_are_counted() -> None:
     made = counted(values)
     assert made.count == 4
     assert made.counts.sum() == 3
+
+
+def _ranged(top: float) -> Affine:
+    return affine_from_range(0.0, top, activation_grid("uint8", symmetric=False))
+
+
+@given(st.integers(0, 2**16), st.floats(0.2, 1.0))
+@settings(max_examples=20, deadline=None)
+def test_divergence_is_not_negative(seed: int, share: float) -> None:
+    values = np.abs(normal(seed, 20_000))
+    assert counted(values).divergence(_ranged(float(values.max()) * share)) >= 0.0
+
+
+def test_divergence_cuts_off_outliers_and_little_of_an_even_distribution() -> None:
+    shares = np.linspace(0.15, 1.0, 40)
+    random = np.random.default_rng(0)
+    even = random.uniform(0, 1, 200_000).astype(np.float32)
+    spiky = np.concatenate([np.abs(normal(1, 200_000)) * 0.1, np.ones(20, np.float32)])
+    best = [
+        shares[int(np.argmin([made.divergence(_ranged(float(share))) for share in shares]))]
+        for made in (counted(even), counted(spiky.astype(np.float32)))
+    ]
+    assert best[0] > 0.95
+    assert best[1] < 0.7
+
+
+def test_steps_finer_than_the_bins_are_not_judged() -> None:
+    made = counted(np.abs(normal(0, 1000)), bins=64)
+    assert made.divergence(_ranged(0.1)) == np.inf
+    assert counted(np.zeros(3, np.float32)).divergence(_ranged(1.0)) == 0.0

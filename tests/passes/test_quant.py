@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +206,9 @@ def test_a_model_whose_outputs_are_lost_stays_float(tmp_path: Path) -> None:
     assert ir.to_proto(model) == before
 
 
-@pytest.mark.parametrize("name", ["arm64", "cuda", "x86-avx2"])
+@pytest.mark.parametrize(
+    "name", ["arm64", "cuda", "x86-avx2", "tensorrt", "qnn", "openvino", "mobile"]
+)
 def test_other_targets_get_their_types(name: str, tmp_path: Path) -> None:
     model = _normalized("conv_chain")
     reference = model_io.clone(model)
@@ -228,6 +231,52 @@ def test_other_targets_get_their_types(name: str, tmp_path: Path) -> None:
     top = max(int(np.abs(a.astype(int)).max()) for a in integers if a.ndim > 1)
     assert top == (64 if target.reduce_range else 127)
     assert _sqnr_db(model, reference) > 25
+
+
+@pytest.mark.parametrize("ranges", ["moving_average", "entropy", "percentile", "mse"])
+def test_every_way_to_choose_ranges_keeps_the_outputs(ranges: str, tmp_path: Path) -> None:
+    model = _normalized("residual_bn")
+    reference = model_io.clone(model)
+    report = _run(model, tmp_path, _options(ranges=ranges))
+    assert report.figures["ranges"] == ranges
+    assert report.figures["integer_nodes"] != 0
+    assert _sqnr_db(model, reference) > 20
+
+
+@pytest.mark.parametrize("name", ["residual_bn", "depthwise_separable"])
+def test_scales_are_powers_of_two_where_asked_for(name: str, tmp_path: Path) -> None:
+    model = _normalized(name)
+    reference = model_io.clone(model)
+    report = _run(model, tmp_path, _options(scales="power_of_two"))
+    scales = [
+        n.inputs[1].const_value.numpy()  # type: ignore[union-attr]
+        for n in model.graph
+        if n.op_type in {"QuantizeLinear", "DequantizeLinear"}
+    ]
+    assert scales
+    assert all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+    assert any("Q" in change.what for change in report.changes)
+    assert _sqnr_db(model, reference) > 18
+
+
+def test_on_phones_a_pool_has_the_scale_of_its_input(tmp_path: Path) -> None:
+    scales = {}
+    for name in ("mobile", "arm64"):
+        b = ModelBuilder("pools")
+        y = b.op("Relu", b.conv(b.input("x", ["batch", 4, 8, 8]), 4, 8))
+        y = b.op("AveragePool", y, kernel_shape=[2, 2], strides=[2, 2])
+        b.output(b.conv(y, 8, 4))
+        model = b.build()
+        model_io.normalize(model)
+        data = synthetic_dataset(model, samples=8, seed=0)
+        job = context(tmp_path, data)
+        job = dataclasses.replace(job, target=target_by_name(name))
+        QuantPass(QuantOptions.parse({"objective": "size"}, owner="quant")).run(model, job)
+        pool = next(n for n in model.graph if n.op_type == "AveragePool")
+        before, after = pool.inputs[0].producer(), next(iter(pool.outputs[0].uses())).node  # type: ignore[union-attr]
+        scales[name] = [float(n.inputs[1].const_value.numpy()) for n in (before, after)]  # type: ignore[union-attr]
+    assert scales["mobile"][0] == scales["mobile"][1]
+    assert scales["arm64"][0] != scales["arm64"][1]
 
 
 def test_a_weight_that_is_also_an_output_of_the_model_stays_one(tmp_path: Path) -> None:

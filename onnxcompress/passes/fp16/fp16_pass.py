@@ -87,7 +87,7 @@ class Fp16Pass:
 
     def _computes_on(self, target: Target) -> bool:
         mode = self.options.mode
-        return mode is Mode.COMPUTE or (mode is Mode.AUTO and target.name == "cuda")
+        return mode is Mode.COMPUTE or (mode is Mode.AUTO and target.name in {"cuda", "tensorrt"})
 
     def _converted(
         self, model: ir.Model, ctx: PassContext, ranges: dict[str, float] | None

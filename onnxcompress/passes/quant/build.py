@@ -33,6 +33,7 @@ from onnxcompress.passes.quant.options import (
     BiasCorrection,
     QuantOptions,
     RangeMethod,
+    Scales,
     Rounding,
 )
 from onnxcompress.passes.quant.parameters import (
@@ -93,14 +94,26 @@ class Builder:
     def __init__(self, model: ir.Model, options: QuantOptions, ctx: PassContext) -> None:
         target = ctx.target
         self.model = model
-        self.network = Network(model, symmetric=target.symmetric_activations)
+        fixed_point = options.scales is Scales.POWER_OF_TWO
+        self.network = Network(
+            model,
+            symmetric=target.symmetric_activations,
+            fixed_point=fixed_point,
+            tied=target.tied_operators,
+        )
         self._options = options
         self._ctx = ctx
-        grid = activation_grid(target.activation_dtype, symmetric=target.symmetric_activations)
+        grid = activation_grid(
+            target.activation_dtype,
+            symmetric=target.symmetric_activations,
+            power_of_two=fixed_point,
+        )
         self._grid = wide_grid(grid) if options.activations is Activations.INT16 else grid
-        self._weight_grid = weight_grid(reduce_range=target.reduce_range)
-        # TensorRT reads the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
-        self._integer_moves = target.name != "cuda"
+        self._weight_grid = weight_grid(
+            reduce_range=target.reduce_range, power_of_two=fixed_point
+        )
+        # Accelerators read the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
+        self._integer_moves = target.on_cpu
         self._measured = Measured()
         self._asked: set[str] = set()
         self._rounded: dict[str, Layer] = {}
@@ -242,6 +255,7 @@ class Builder:
             weight_grid=self._weight_grid,
             per_channel=self._options.per_channel,
             symmetric=self.network.symmetric,
+            tied=self.network.tied,
             integer_moves=self._integer_moves,
             settings=SessionSettings(providers=self._ctx.session.providers, threads=1),
             reference=reference,

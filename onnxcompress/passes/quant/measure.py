@@ -14,6 +14,7 @@ from onnxcompress.calibration.statistics import (
     HistogramRequest,
     HistogramResult,
     MomentsRequest,
+    MovingRangeRequest,
     RangeRequest,
     RangeResult,
     Request,
@@ -38,7 +39,7 @@ _FEW_SAMPLES = 32
 _MAX_ELEMENTS = 1 << 21
 """Elements of a tensor that its histogram counts, evenly spaced over all samples."""
 
-_BINNED = frozenset({RangeMethod.AUTO, RangeMethod.MSE})
+_BINNED = frozenset({RangeMethod.AUTO, RangeMethod.ENTROPY, RangeMethod.MSE})
 """Ways to choose ranges that need histograms."""
 
 _ROWS_PER_COLUMN = 8
@@ -85,13 +86,7 @@ def measure(
             (unknown padding, too many columns) are left out.
         options: How ranges are chosen.
     """
-    binned = options.ranges in _BINNED
-    extremes: dict[str, Request] = {
-        point: HistogramRequest(point, max_elements=_MAX_ELEMENTS)
-        if binned
-        else RangeRequest(point)
-        for point in points
-    }
+    extremes = {point: _extremes_of(point, options.ranges) for point in points}
     fraction = (1 - options.percentile / 100) / 2
     tails = {
         point: TailRequest(point, fraction)
@@ -121,21 +116,33 @@ def measure(
     )
 
 
+def _extremes_of(point: str, method: RangeMethod) -> Request:
+    if method in _BINNED:
+        return HistogramRequest(point, max_elements=_MAX_ELEMENTS)
+    if method is RangeMethod.MOVING_AVERAGE:
+        return MovingRangeRequest(point)
+    return RangeRequest(point)
+
+
 def choose_affines(
     measured: Measured, groups: Sequence[Group], grid: Grid, method: RangeMethod
 ) -> dict[str, Affine]:
     """The grid of every point: the whole range, or the one whose rounding and clipping costs least.
 
     The candidates of a group are judged on the histograms of all its sources; the least sum of mean
-    squared errors wins.
+    squared errors (mse) or of divergences (entropy) wins.
     """
-    if method is not RangeMethod.MSE:
+    if method is RangeMethod.MSE:
+        cost, fine = Histogram.rounding_error, False
+    elif method is RangeMethod.ENTROPY:
+        cost, fine = Histogram.divergence, True
+    else:
         return range_affines(groups, grid)
     chosen: dict[str, Affine] = {}
     for group in groups:
-        candidates = group_candidates(group, grid)
+        candidates = group_candidates(group, grid, fine=fine)
         errors = [
-            sum(measured.histograms[source].rounding_error(affine) for source in group.sources)
+            sum(cost(measured.histograms[source], affine) for source in group.sources)
             for affine in candidates
         ]
         chosen |= dict.fromkeys(group.points, candidates[int(np.argmin(errors))])

@@ -15,7 +15,9 @@ class RangeMethod(enum.Enum):
 
     AUTO = "auto"
     MINMAX = "minmax"
+    MOVING_AVERAGE = "moving_average"
     PERCENTILE = "percentile"
+    ENTROPY = "entropy"
     MSE = "mse"
 
 
@@ -56,6 +58,13 @@ class Mode(enum.Enum):
     DYNAMIC = "dynamic"
 
 
+class Scales(enum.Enum):
+    """Which scales are allowed."""
+
+    ANY = "any"
+    POWER_OF_TWO = "power_of_two"
+
+
 class Format(enum.Enum):
     """How integer nodes are written."""
 
@@ -77,7 +86,8 @@ class QuantOptions(PassOptions):
     )
     ranges: RangeMethod = option(
         RangeMethod.AUTO,
-        "how activation ranges are chosen: minmax, percentile, mse (least rounding error), or "
+        "how activation ranges are chosen: minmax, moving_average (of each sample's extremes), "
+        "percentile, entropy (least Kullback-Leibler divergence), mse (least rounding error), or "
         "auto (mse or minmax, whichever keeps the outputs nearer to float)",
     )
     percentile: float = option(
@@ -100,6 +110,9 @@ class QuantOptions(PassOptions):
         "gain), off, or the exponent alpha from 0 to 1",
     )
     embeddings: bool = option(True, "also quantize the tables that Gather looks up, per row")
+    scales: Scales = option(
+        Scales.ANY, "any, or power_of_two: fixed point, for hardware that multiplies by shifting"
+    )
     include: tuple[str, ...] = option(
         (), "quantize only nodes whose name matches one of these patterns (* ? [..])"
     )

@@ -114,8 +114,16 @@ def range_affines(groups: Sequence[Group], grid: Grid) -> dict[str, Affine]:
     }
 
 
-def group_candidates(group: Group, grid: Grid) -> tuple[Affine, ...]:
-    """Grids to choose from for one group, the widest first."""
+def group_candidates(group: Group, grid: Grid, *, fine: bool = False) -> tuple[Affine, ...]:
+    """Grids to choose from for one group, the widest first.
+
+    Args:
+        group: The points.
+        grid: The integers.
+        fine: Many candidates, for a criterion without a smooth minimum.
+    """
+    if fine:
+        return clip_candidates(*group.range, grid, count=64, ratio=0.965)
     return clip_candidates(*group.range, grid)
 
 

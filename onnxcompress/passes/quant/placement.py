@@ -77,10 +77,22 @@ class Network:
     Args:
         model: The float model; it is read, never changed.
         symmetric: Whether activations are symmetric: then no range starts at 0, and Relu is kept.
+        fixed_point: Whether scales are powers of two: then no range ends at a Clip's bound, and
+            Clip is kept.
+        tied: Operators whose output must share the scale of their input on the target.
     """
 
-    def __init__(self, model: ir.Model, *, symmetric: bool) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        symmetric: bool,
+        fixed_point: bool = False,
+        tied: frozenset[str] = frozenset(),
+    ) -> None:
         self.symmetric = symmetric
+        self.fixed_point = fixed_point
+        self.tied = tied
         self.nodes: dict[str, ir.Node] = {n.name: n for n in model.graph if n.name}
         self._rules = {
             name: rule
@@ -142,7 +154,9 @@ class Network:
     def folds(self, activation: ir.Node) -> bool:
         """Whether the saturation of integers can perform ``activation``."""
         bounds = activation_bounds(activation)
-        return bounds is not None and not (self.symmetric and abs(bounds[0]) != abs(bounds[1]))
+        if bounds is None or (self.symmetric and abs(bounds[0]) != abs(bounds[1])):
+            return False
+        return not self.fixed_point or bounds == (0.0, float("inf"))
 
 
 def make_plan(network: Network, chosen: frozenset[str]) -> Plan:
@@ -172,7 +186,7 @@ def make_plan(network: Network, chosen: frozenset[str]) -> Plan:
         activation = result.producer()
         if activation is not None and activation is not node and network.folds(activation):
             folded[activation.name or ""] = node.name or ""
-        if rule.tied:
+        if rule.tied or node.op_type in network.tied:
             ties.join(inputs[0].name or "", result.name or "")
         if node.op_type == "Concat":
             joints.append(tuple(v.name or "" for v in (*inputs, result)))

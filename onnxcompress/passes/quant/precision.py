@@ -56,7 +56,7 @@ def fallbacks_for(target: Target, *, for_size: bool) -> tuple[Precision, ...]:
         target: The hardware.
         for_size: Whether size counts rather than speed.
     """
-    if target.name == "cuda":
+    if target.name in {"cuda", "tensorrt"}:
         return (Precision.FLOAT16, Precision.FLOAT)
     if target.name in {"qnn", "mobile"}:
         return (Precision.INT16, Precision.FLOAT)

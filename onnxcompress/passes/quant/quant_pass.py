@@ -15,8 +15,9 @@ from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of
+from onnxcompress.numerics.affine import fixed_point_format
 from onnxcompress.passes.base import Change, PassReport, Skip, Stage
-from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.build import Builder, Built
 from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
 from onnxcompress.passes.quant.dynamic import Static, add_dynamic, plan_dynamic
@@ -24,7 +25,7 @@ from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
-from onnxcompress.passes.quant.options import Activations, Mode, Objective, QuantOptions
+from onnxcompress.passes.quant.options import Activations, Mode, Objective, QuantOptions, Scales
 from onnxcompress.passes.quant.placement import Network
 from onnxcompress.passes.quant.precision import Precision, store_half
 from onnxcompress.passes.quant.prepare import prepare
@@ -99,7 +100,12 @@ class QuantPass:
     def _plan_static(self, model: ir.Model, ctx: PassContext) -> PassReport:
         probe = model_io.clone(model)
         prepare(probe)
-        network = Network(probe, symmetric=ctx.target.symmetric_activations)
+        network = Network(
+            probe,
+            symmetric=ctx.target.symmetric_activations,
+            fixed_point=self._options.scales is Scales.POWER_OF_TWO,
+            tied=ctx.target.tied_operators,
+        )
         allowed, skips = self._select(probe, network)
         return PassReport(
             changes=tuple(
@@ -317,7 +323,7 @@ class _Run:
         """Whether onnxruntime on this machine's CPU shows what the target would do."""
         return (
             self._ctx.session.providers == ("CPUExecutionProvider",)
-            and self._ctx.target.name != "cuda"
+            and self._ctx.target.on_cpu
         )
 
     def _fusible(self, allowed: frozenset[str]) -> frozenset[str]:
@@ -475,6 +481,8 @@ class _Run:
                 how += ", weights rounded " + (
                     "with error feedback" if layer.feedback else "to nearest"
                 )
+            if self._options.scales is Scales.POWER_OF_TWO:
+                how += self._formats(built, name)
             changes.append(Change(name, network.nodes[name].op_type, how))
         for activation, node in built.plan.folded.items():
             changes.append(
@@ -509,6 +517,18 @@ class _Run:
             notes=tuple(self._notes),
             tables=mixed.tables,
         )
+
+    def _formats(self, built: Built, name: str) -> str:
+        """The fixed-point formats of a node's weight and output."""
+        words = []
+        if (layer := built.layers.get(name)) is not None:
+            words.append(f"weights {fixed_point_format(layer.affine)}")
+        output = built.affines.get(
+            self._builder.network.result(self._builder.network.nodes[name]).name or ""
+        )
+        if output is not None:
+            words.append(f"output {fixed_point_format(output)}")
+        return "".join(f", {each}" for each in words)
 
     def _wide(self, mixed: Mixed) -> frozenset[str]:
         """Nodes with 16-bit activations."""

@@ -46,6 +46,7 @@ class Kit:
         weight_grid: The grid of weights.
         per_channel: One weight scale per output channel.
         symmetric: Whether activations are symmetric.
+        tied: Operators whose output must have the scale of their input.
         integer_moves: See :func:`~onnxcompress.passes.quant.insertion.insert`.
         settings: How to run a version.
         reference: Samples, and what the original makes of them.
@@ -59,6 +60,7 @@ class Kit:
     weight_grid: Grid
     per_channel: bool
     symmetric: bool
+    tied: frozenset[str]
     integer_moves: bool
     settings: SessionSettings
     reference: Reference
@@ -94,7 +96,12 @@ class Bench:
 
     def __init__(self, model: ir.Model, kit: Kit) -> None:
         self._model = model
-        self._network = Network(model, symmetric=kit.symmetric)
+        self._network = Network(
+            model,
+            symmetric=kit.symmetric,
+            fixed_point=kit.weight_grid.power_of_two,
+            tied=kit.tied,
+        )
         self._kit = kit
 
     @property

@@ -31,6 +31,9 @@ _HANDICAP = 1.02
 _STEM_HANDICAP = 0.99
 """The first layer holds few weights and sees the input at full precision: on a tie it is float."""
 
+_LONGER_STEM_HANDICAP = 0.995
+"""So are the layers after it, which are narrow as well."""
+
 _SECONDS_PER_ROUND = 0.15
 """Most time to measure for each alternative."""
 
@@ -151,7 +154,7 @@ def alternatives(
     def stems(best: Candidate) -> Variants:
         longest = min(2, len(weighted) - 1)
         return [
-            (replace(best, prefix=k), _STEM_HANDICAP if k == 1 else _HANDICAP)
+            (replace(best, prefix=k), _STEM_HANDICAP if k == 1 else _LONGER_STEM_HANDICAP)
             for k in range(1, longest + 1)
         ]
 
@@ -159,7 +162,7 @@ def alternatives(
         if best.prefix < 2:
             return []
         longest = min(4, len(weighted) - 1)
-        return [(replace(best, prefix=k), _HANDICAP) for k in range(3, longest + 1)]
+        return [(replace(best, prefix=k), _LONGER_STEM_HANDICAP) for k in range(3, longest + 1)]
 
     def depths(best: Candidate) -> Variants:
         steps = [s for s in (64, 128, 256) if min(depthwise) < s <= max(depthwise)]

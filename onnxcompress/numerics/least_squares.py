@@ -204,6 +204,34 @@ def shrunk(covariance: Array, count: int) -> Array:
     return result
 
 
+def approximated(covariance: Array, count: int) -> Array:
+    """A covariance pulled towards its diagonal, less where few directions hold most of it.
+
+    ``(1 - a) C + a diag(C)`` with the share of the oracle-approximating estimator,
+
+        a = ((1 - 2/D) tr(C²) + tr(C)²) / ((n + 1 - 2/D) (tr(C²) - tr(C)²/D))
+
+    Where :func:`shrunk` is cautious for any data, this one trusts data whose spectrum falls fast,
+    as truncation to few directions needs.
+
+    Args:
+        covariance: ``C``, [D, D].
+        count: Rows ``n`` it was taken over.
+
+    Source: Chen, Wiesel, Eldar and Hero 2010, "Shrinkage algorithms for MMSE covariance
+    estimation".
+    """
+    size = len(covariance)
+    squares, trace = float(np.sum(covariance**2)), float(np.trace(covariance))
+    spread = (count + 1 - 2 / size) * (squares - trace**2 / size)
+    share = 1.0
+    if spread > 0:
+        share = min(((1 - 2 / size) * squares + trace**2) / spread, 1.0)
+    result = (1 - share) * covariance
+    np.fill_diagonal(result, covariance.diagonal())
+    return result
+
+
 def regress(moments: Moments, prior: Array, ridge: float) -> tuple[Array, Array]:
     """Fit ``y ≈ W x + b``, pulled towards ``prior``.
 

@@ -145,6 +145,31 @@ class Chain:
         return np.asarray(dense).reshape(self.kernel.outputs, -1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Metric:
+    """How errors ``e`` of the outputs count: as ``eᵀ M e`` with ``M = R R``.
+
+    Attributes:
+        root: ``R``, symmetric, [O, O].
+        inverse: ``R⁻¹``.
+    """
+
+    root: Array
+    inverse: Array
+
+    @classmethod
+    def of(cls, matrix: Array) -> Metric:
+        """The metric of a symmetric positive definite ``M``."""
+        values, vectors = _falling(matrix)
+        roots = np.sqrt(np.maximum(values, _FLOOR * values.max()))
+        return cls((vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T)
+
+    def undo(self, chain: Chain) -> Chain:
+        """The chain for ``y`` from one for ``R y``."""
+        *rest, last = chain.factors
+        return Chain(chain.form, chain.kernel, (*rest, self.inverse @ last))
+
+
 class Spectrum:
     """What every chain and every rank costs for one layer.
 
@@ -153,6 +178,7 @@ class Spectrum:
         kernel: Its geometry.
         moment: ``C`` of the inputs, [D, D]; None for plain truncation.
         outputs: ``E[y yᵀ]``, [O, O], where that is known instead of ``C``; only OUTPUT chains then.
+        metric: How errors of the outputs count; None: all alike.
     """
 
     def __init__(
@@ -162,8 +188,14 @@ class Spectrum:
         moment: Array | None = None,
         *,
         outputs: Array | None = None,
+        metric: Metric | None = None,
     ) -> None:
-        self._weight, self._kernel, self._outputs = weight, kernel, outputs
+        self._kernel, self._metric = kernel, metric
+        self._weight, self._outputs = weight, outputs
+        if metric is not None:
+            self._weight = metric.root @ weight
+            if outputs is not None:
+                self._outputs = metric.root @ outputs @ metric.root
         self._moment = moment
         if moment is not None:
             self._moment = moment + damping(moment, _RIDGE) * np.eye(len(moment))
@@ -200,6 +232,10 @@ class Spectrum:
         That spreads the singular values evenly over neighbouring factors, which later rounding
         likes.
         """
+        chain = self._chain(form, ranks)
+        return chain if self._metric is None else self._metric.undo(chain)
+
+    def _chain(self, form: Form, ranks: tuple[int, ...]) -> Chain:
         first, last = ranks[0], ranks[-1]
         if form is Form.OUTPUT:
             values, vectors = self._principal

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnxcompress.numerics.least_squares import (
     Block,
     Moments,
+    approximated,
     best_fit,
     choose_ridge,
     damping,
@@ -313,3 +314,22 @@ def test_moments_that_underflowed_are_no_signal() -> None:
     weight = random.standard_normal((3, 6))
     block = Block(weight, moment, np.arange(6)[:, None])
     assert np.isfinite(eliminate([block]).errors).all()
+
+
+def test_the_approximated_covariance_trusts_spectra_that_fall_fast() -> None:
+    random = np.random.default_rng(0)
+    size, rows = 60, 40
+    directions = random.normal(size=(size, 3))
+    structured = random.normal(size=(rows, 3)) @ directions.T
+    noise = random.normal(size=(rows, size))
+    for samples, low, high in ((structured, 0.0, 0.3), (noise, 0.6, 1.0)):
+        covariance = np.cov(samples.T, bias=True)
+        found = approximated(covariance, rows)
+        np.testing.assert_allclose(found.diagonal(), covariance.diagonal())
+        away = ~np.eye(size, dtype=bool)
+        share = 1 - np.linalg.norm(found[away]) / np.linalg.norm(covariance[away])
+        assert low <= share <= high
+    many = np.cov(random.normal(size=(100000, 4)) @ random.normal(size=(4, 4)), rowvar=False)
+    np.testing.assert_allclose(approximated(many, 100000), many, rtol=0.01, atol=1e-3)
+    assert np.isfinite(approximated(np.zeros((3, 3)), 5)).all()
+    assert approximated(np.ones((1, 1)), 5) == pytest.approx(np.ones((1, 1)))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcompress.numerics.low_rank import Form, Kernel, Spectrum
+from onnxcompress.numerics.low_rank import Form, Kernel, Metric, Spectrum
 
 Array = npt.NDArray[np.float64]
 seeds = st.integers(0, 2**32 - 1)
@@ -145,3 +145,24 @@ def test_outputs_of_the_factors_are_of_similar_size() -> None:
     inner = np.sqrt(np.einsum("rd,de,re->r", first, moment, first))
     outer = np.linalg.norm(last, axis=0)
     np.testing.assert_allclose(inner, outer, rtol=0.05)
+
+
+@few
+@given(kernel=kernels, seed=seeds)
+def test_a_metric_of_the_outputs_decides_what_is_kept(kernel: Kernel, seed: int) -> None:
+    """In the metric no rank is worse than without it, and the full rank is still exact."""
+    weight, moment = problem(kernel, seed)
+    root = np.random.default_rng(seed).normal(size=(kernel.outputs, kernel.outputs))
+    metric = Metric.of(root @ root.T + 0.1 * np.eye(kernel.outputs))
+    np.testing.assert_allclose(metric.root @ metric.inverse, np.eye(kernel.outputs), atol=1e-6)
+    aware, blind = Spectrum(weight, kernel, moment, metric=metric), Spectrum(weight, kernel, moment)
+    most = kernel.most(Form.OUTPUT)
+    np.testing.assert_allclose(aware.chain(Form.OUTPUT, (most,)).dense(), weight, atol=1e-6)
+    for rank in range(1, most):
+        ours, theirs = (
+            error(metric.root @ (weight - s.chain(Form.OUTPUT, (rank,)).dense()), moment)
+            for s in (aware, blind)
+        )
+        whole = error(metric.root @ weight, moment)
+        assert ours <= theirs * (1 + 1e-6) + 1e-5 * whole
+        assert aware.loss(Form.OUTPUT, (rank,)) == pytest.approx(ours / whole, abs=1e-4)

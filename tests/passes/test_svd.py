@@ -325,3 +325,20 @@ def test_odd_graphs_stay_valid(tmp_path: Path) -> None:
             assert found[name].shape == array.shape
         last = list(expected)[-1]
         assert largest_error({last: found[last]}, {last: expected[last]}) == 0
+
+
+def test_a_wide_layer_is_whitened_by_its_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the covariance of the inputs is too large, that of the outputs serves."""
+    model = perceptron()
+    data = dataset(model, {"x": skewed(256, (24,))})
+    fresh = {"x": skewed(64, (24,), seed=1)}
+    options = SvdOptions(params=0.7, align=1, recover=False)
+    by_input, _ = factorized(model, options, tmp_path, data)
+    monkeypatch.setattr("onnxcompress.passes.svd.sites.MAX_WIDTH", 16)
+    by_output, _ = factorized(model, options, tmp_path, data)
+    plain, _ = factorized(model, replace(options, whiten=False), tmp_path, data)
+    errors = [output_error(m, model, fresh) for m in (by_input, by_output, plain)]
+    assert errors[1] < 1.3 * errors[0]
+    assert errors[1] < 0.5 * errors[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import AxisUnfold, MomentsRequest, MomentsResult
 from onnxcompress.context import PassContext
-from onnxcompress.numerics.least_squares import shrunk
-from onnxcompress.numerics.low_rank import Spectrum
+from onnxcompress.numerics.least_squares import approximated
+from onnxcompress.numerics.low_rank import Metric, Spectrum
 from onnxcompress.passes.prune.score import row_limit
 from onnxcompress.passes.svd.sites import Kind, Site
 
@@ -66,20 +66,34 @@ def batches(sites: Sequence[Site]) -> Iterator[list[Site]]:
 
 
 def whitened(
-    model: ir.Model, sites: Sequence[Site], ctx: PassContext, description: str
+    model: ir.Model,
+    sites: Sequence[Site],
+    ctx: PassContext,
+    metrics: Mapping[Site, Metric],
+    description: str,
 ) -> Iterator[tuple[Site, Measured]]:
-    """Spectra of layers for the inputs seen in calibration."""
+    """Spectra of layers for the inputs seen in calibration.
+
+    Args:
+        model: The model.
+        sites: The layers.
+        ctx: The job; it has calibration data.
+        metrics: How errors of their outputs count, where that is known.
+        description: What to call the work.
+    """
     requests = {site: request_of(site) for site in sites}
     found = ctx.collect(model, requests.values(), description=description)
     for site in sites:
-        result = found[requests[site]]
+        result, metric = found[requests[site]], metrics.get(site)
         if site.measured_at_output:
             matrix = site.matrices(model)[0]
             moment = _output_moment(site, matrix, result)
-            spectra = [Spectrum(matrix, site.kernel, outputs=moment)]
+            spectra = [Spectrum(matrix, site.kernel, outputs=moment, metric=metric)]
         else:
             moment = moment_of(site, result)
-            spectra = [Spectrum(w, site.kernel, moment) for w in site.matrices(model)]
+            spectra = [
+                Spectrum(w, site.kernel, moment, metric=metric) for w in site.matrices(model)
+            ]
         yield site, Measured(spectra, result.mean[0])
 
 
@@ -96,7 +110,7 @@ def plain(model: ir.Model, site: Site) -> Measured:
 
 def moment_of(site: Site, result: MomentsResult) -> Array:
     """The covariance where a bias can take up the mean, else the moment about 0."""
-    covariance = shrunk(result.covariance[0], result.count)
+    covariance = approximated(result.covariance[0], result.count)
     if site.takes_bias:
         return covariance
     return np.asarray(covariance + np.outer(result.mean[0], result.mean[0]), np.float64)

@@ -94,7 +94,8 @@ class SvdOptions(PassOptions):
     embeddings: bool = option(True, "Also factorize the tables that Gather reads.")
     align: int = option(
         0,
-        "Ranks that are multiples of this; 0 is the target's own step, smaller for narrow layers.",
+        "Ranks that are multiples of this; 0 is the target's own step (a quarter of it where size "
+        "alone counts), smaller for narrow layers.",
         minimum=0,
         maximum=1024,
     )

@@ -23,13 +23,14 @@ from onnxcompress.errors import PassError
 from onnxcompress.graph.constants import constant_tensor
 from onnxcompress.graph.cost import Shape, cost_of, probe_shapes
 from onnxcompress.numerics.allocation import Curve, allocate, unit_step
-from onnxcompress.numerics.low_rank import Chain, Form
+from onnxcompress.numerics.low_rank import Chain, Form, Metric
 from onnxcompress.passes.base import Skip
 from onnxcompress.passes.prune.options import Budget, Measure
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.score import OutputProbe
 from onnxcompress.passes.svd.candidates import Candidate, Menu, Places, saved
 from onnxcompress.passes.svd.emit import Writer, bias_vector
+from onnxcompress.passes.svd.importance import output_metrics
 from onnxcompress.passes.svd.moments import Array, Measured, batches, plain, whitened
 from onnxcompress.passes.svd.options import SvdOptions
 from onnxcompress.passes.svd.sites import Site, find_sites
@@ -57,9 +58,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to replace, what not and why."""
+    """What to replace and how errors of the layers' outputs count, what not to replace and why."""
 
     entries: tuple[Entry, ...]
+    metrics: Mapping[Site, Metric]
     skips: tuple[Skip, ...]
     notes: tuple[str, ...]
 
@@ -92,8 +94,10 @@ class Planner:
         self._feeds = {} if ctx.calibration is None else _shapes(ctx.calibration)
         known = probe_shapes(model, self._feeds)
         self._shapes: dict[str, Shape] = {v.name: s for v, s in known.items() if v.name}
-        self._align = options.align or ctx.target.channel_alignment
+        step = ctx.target.channel_alignment
+        self._align = options.align or (step if options.for_latency else max(step // 4, 1))
         self._stopwatch = Stopwatch(model, self._shapes, ctx)
+        self._metrics = output_metrics(model, self._sites) if options.whiten else {}
         self._skips: list[Skip] = []
         self._notes: list[str] = []
 
@@ -157,10 +161,11 @@ class Planner:
                 )
                 continue
             bias = self._bias(site, measured, chains)
-            entries.append(Entry(site, candidate, chains, bias, losses[site] * candidate.loss))
+            loss = losses[site] * candidate.loss
+            entries.append(Entry(site, candidate, chains, bias, loss))
         order = {site: i for i, site in enumerate(self._sites)}
         entries.sort(key=lambda e: order[e.site])
-        return Plan(tuple(entries), tuple(self._skips), tuple(self._notes))
+        return Plan(tuple(entries), self._metrics, tuple(self._skips), tuple(self._notes))
 
     def faster(self, changed: ir.Model) -> bool:
         """Whether ``changed`` as a whole is faster than the model, by the clock."""
@@ -182,7 +187,8 @@ class Planner:
     def _measure(self, sites: Sequence[Site]) -> Iterator[tuple[Site, Measured]]:
         if not self._options.whiten:
             return ((site, plain(self._model, site)) for site in sites)
-        return whitened(self._model, sites, self._ctx, "svd: second moments of inputs")
+        text = "svd: second moments of inputs"
+        return whitened(self._model, sites, self._ctx, self._metrics, text)
 
     def _again(
         self,
@@ -258,9 +264,11 @@ class Planner:
             return None
         old = bias_vector(self._model, site.bias, site.kernel.outputs)
         if site.measured_at_output:
-            span = np.linalg.qr(chains[0].factors[-1])[0]
-            missed = measured.mean - old
-            return np.asarray(old + missed - span @ (span.T @ missed))
+            metric = self._metrics.get(site) or Metric(*[np.eye(len(old))] * 2)
+            span = np.linalg.qr(metric.root @ chains[0].factors[-1])[0]
+            made = measured.mean - old
+            kept = metric.inverse @ (span @ (span.T @ (metric.root @ made)))
+            return np.asarray(old + made - kept)
         weight = site.matrices(self._model)[0]
         return np.asarray(old + (weight - chains[0].dense()) @ measured.mean)
 

@@ -37,8 +37,8 @@ from onnxcompress.calibration.statistics import (
 )
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
-from onnxcompress.numerics.least_squares import Moments, regress, residual_energy, shrunk
-from onnxcompress.numerics.low_rank import Chain, Spectrum
+from onnxcompress.numerics.least_squares import Moments, regress, residual_energy, approximated
+from onnxcompress.numerics.low_rank import Chain, Metric, Spectrum
 from onnxcompress.passes._residual import Flow, residual_target, trace
 from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer, Layers
 from onnxcompress.passes.prune.samples import split
@@ -116,6 +116,7 @@ def recover(
     model: ir.Model,
     reference: ir.Model,
     written: Sequence[Written],
+    metrics: Mapping[Site, Metric],
     options: SvdOptions,
     ctx: PassContext,
 ) -> list[Refit]:
@@ -125,6 +126,7 @@ def recover(
         model: The factorized model; its weights are changed in place.
         reference: The original.
         written: The chains.
+        metrics: How errors of their layers' outputs count, where that is known.
         options: How much to refit, and the ridge.
         ctx: The job; it has calibration data.
     """
@@ -145,7 +147,8 @@ def recover(
         for job in level:
             results = [s[requests[job.layer]] for s in found]
             if isinstance(job.layer, Written):
-                done.append(_refit_chain(model, reference, job.layer, job, results, options))
+                metric = metrics.get(job.layer.site)
+                done.append(_refit_chain(model, reference, job, results, metric, options))
             else:
                 done.append(_refit_whole(model, job.layer, results, options))
     return done
@@ -204,25 +207,35 @@ def _target(
 def _refit_chain(
     model: ir.Model,
     reference: ir.Model,
-    chain: Written,
     job: _Job,
     results: Sequence[CrossMomentsResult],
+    metric: Metric | None,
     options: SvdOptions,
 ) -> Refit:
+    chain = job.layer
+    if not isinstance(chain, Written):
+        raise TypeError(f"'{job.node.name}' is no chain")
     site = chain.site
     prior = site.matrices(reference)[0]
     parts = [_moments(r, prior if job.through_weight else None) for r in results]
     if chain.bias is None:
         parts = [p.uncentred() for p in parts]
+    if metric is not None:  # fit R y instead of y, so that plain squares are the ones that count
+        parts = [_in_metric(p, metric) for p in parts]
+        prior = metric.root @ prior
 
     def compress(weight: Array, moments: Moments) -> _Weights:
-        spectrum = Spectrum(weight, site.kernel, shrunk(moments.covariance, moments.count))
+        moment = approximated(moments.covariance, moments.count)
+        spectrum = Spectrum(weight, site.kernel, moment)
         made = spectrum.chain(chain.form, chain.ranks)
         return _Weights([made], made.dense())
 
     ridge, found, shift = _fit(parts, prior, compress, chain.bias is not None, options.ridge)
     if isinstance(found.stored, list):
-        chain.store(model, found.stored, shift)
+        made = found.stored
+        if metric is not None:
+            made, shift = [metric.undo(c) for c in made], metric.inverse @ shift
+        chain.store(model, made, shift)
     return Refit(site.node, site.op_type, ridge, _rows(results, site.kernel.width), False)
 
 
@@ -296,6 +309,13 @@ def _fit(
 
 def _held_out_energy(parts: Sequence[Moments], weight: Array, bias: Array) -> float:
     return float(residual_energy(parts[-1], weight, bias).sum())
+
+
+def _in_metric(moments: Moments, metric: Metric) -> Moments:
+    """The moments of ``(x, R y)``."""
+    return dataclasses.replace(
+        moments, mean_y=metric.root @ moments.mean_y, cross=moments.cross @ metric.root
+    )
 
 
 def _moments(result: CrossMomentsResult, through: Array | None, group: int = 0) -> Moments:

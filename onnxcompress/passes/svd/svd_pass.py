@@ -80,7 +80,7 @@ class SvdPass:
         written = _write(model, plan)
         refits: list[Refit] = []
         if options.recover and written:
-            refits = recover(model, reference, written, options, ctx)
+            refits = recover(model, reference, written, plan.metrics, options, ctx)
         notes.extend(_row_notes(refits))
         return PassReport(
             changes=(*_changes(plan), *_refit_changes(refits)),

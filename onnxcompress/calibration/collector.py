@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.arrays import Array
 from onnxcompress.calibration.augment import Augmented
-from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.dataset import Samples
 from onnxcompress.calibration.feeds import RunFeeds, ShapesDifferError
 from onnxcompress.calibration.kinds import measured_kinds
 from onnxcompress.calibration.statistics import Request, Result, Statistics
@@ -32,7 +32,7 @@ MAX_PASSES = 8
 def collect(
     model: ir.Model,
     requests: Iterable[Request],
-    dataset: Dataset,
+    dataset: Samples,
     *,
     reference: ir.Model | None = None,
     settings: SessionSettings,
@@ -127,7 +127,7 @@ class _Runner:
         self,
         session: Session,
         augmented: Augmented,
-        dataset: Dataset,
+        dataset: Samples,
         batch_size: int,
         seed: int,
     ) -> None:

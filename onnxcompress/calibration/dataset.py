@@ -32,6 +32,24 @@ class Source(Protocol):
         """
 
 
+class Samples(Protocol):
+    """What a run over samples needs; :class:`Dataset` is the usual one."""
+
+    @property
+    def sample_count(self) -> int:
+        """Number of samples."""
+
+    @property
+    def layout(self) -> Layout:
+        """How samples lie in the arrays."""
+
+    def counted_batches(self, batch_size: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Feeds for one run after the other, each with its number of samples."""
+
+    def first(self) -> dict[str, Array]:
+        """Feeds of the smallest run."""
+
+
 class ArraySource:
     """Samples from arrays, in memory or on disk.
 

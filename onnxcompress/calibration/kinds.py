@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcompress import model_io
-from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.dataset import Samples
 from onnxcompress.calibration.statistics import (
     AxisUnfold,
     CrossMomentsRequest,
@@ -74,7 +74,7 @@ def wants_lengths(request: Request, kind: TensorKind) -> bool:
 def measured_kinds(
     model: ir.Model,
     names: Mapping[str, bool],
-    dataset: Dataset,
+    dataset: Samples,
     settings: SessionSettings,
     work_dir: Path,
 ) -> dict[str, TensorKind]:

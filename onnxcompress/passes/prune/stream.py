@@ -1,0 +1,189 @@
+"""One run of a graph over the samples that stops where statistics are taken, and goes on later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.calibration.checks import Layout
+from onnxcompress.calibration.collector import collect
+from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.statistics import Request, Statistics
+from onnxcompress.context import PassContext
+from onnxcompress.passes.prune.stages import Stage
+from onnxcompress.passes.prune.store import ActivationStore, Handle
+from onnxcompress.runtime import Session, open_session
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What is kept of one run: its number of samples, and arrays by name of the value."""
+
+    count: int
+    kept: dict[str, Handle] = field(default_factory=dict)
+
+
+class Stream:
+    """The samples on their way through a graph, stage by stage.
+
+    Args:
+        model: The graph. Weights that stages still to come read may change between stages.
+        stages: How it is divided.
+        data: The samples.
+        ctx: How to run.
+        batch_size: Samples per run.
+        store: Where activations are kept.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        stages: Sequence[Stage],
+        data: Dataset,
+        ctx: PassContext,
+        batch_size: int,
+        store: ActivationStore,
+    ) -> None:
+        self._model, self._stages, self._data = model, stages, data
+        self._ctx, self._size, self._store = ctx, batch_size, store
+        self._batches: list[_Batch] = []
+        self._done = 0
+
+    @property
+    def sample_count(self) -> int:
+        """Number of samples."""
+        return self._data.sample_count
+
+    def advance(self, count: int, description: str) -> None:
+        """Run until ``count`` stages are done.
+
+        Raises:
+            ModelError: If a part of the graph does not run.
+            MemoryError: If there is not enough memory for one batch.
+        """
+        for stage in self._stages[self._done : count]:
+            session = self._session(stage)
+            with self._ctx.progress.task(description, self.sample_count) as task:
+                if self._done == 0:
+                    for samples, feeds in self._data.counted_batches(self._size):
+                        batch = _Batch(samples)
+                        self._run(session, stage, batch, feeds)
+                        self._batches.append(batch)
+                        task.advance(samples)
+                else:
+                    for batch in self._batches:
+                        feeds = {n: self._store.get(batch.kept[n]) for n in stage.inputs}
+                        self._run(session, stage, batch, feeds)
+                        task.advance(batch.count)
+            self._done += 1
+
+    def _run(
+        self, session: Session | None, stage: Stage, batch: _Batch, feeds: dict[str, Array]
+    ) -> None:
+        found = dict(feeds)
+        if session is not None:
+            found |= session.run({n: feeds[n] for n in stage.inputs})
+        for name in stage.dropped:
+            self._store.drop(batch.kept.pop(name))
+        for name in stage.outputs:
+            batch.kept[name] = self._store.put(found[name])
+
+    def _session(self, stage: Stage) -> Session | None:
+        inputs = {v.name for v in self._model.graph.inputs} if self._done == 0 else set()
+        computed = [name for name in stage.outputs if name not in inputs]
+        if not computed:
+            return None
+        graph = ir.convenience.extract(self._model.graph, stage.inputs, computed)
+        if self._done:
+            for value in graph.inputs:
+                value.dtype = ir.DataType.from_numpy(self._sample(value.name or "").dtype)
+        part = ir.Model(
+            graph,
+            ir_version=self._model.ir_version,
+            functions=tuple(self._model.functions.values()),
+        )
+        return open_session(part, self._ctx.session, work_dir=self._ctx.work_dir)
+
+    def _sample(self, name: str) -> Array:
+        return self._store.get(self._batches[0].kept[name])
+
+    def inputs(self, names: Sequence[str]) -> list[ir.Value]:
+        """Kept values as inputs of a graph that measures them."""
+        own = {v.name: v for v in self._model.graph.inputs}
+        own |= {v.name: v for node in self._model.graph for v in node.outputs}
+        made = []
+        for name in names:
+            sample = self._sample(name)
+            shape = own[name].shape
+            made.append(
+                ir.Value(
+                    name=name,
+                    type=ir.TensorType(ir.DataType.from_numpy(sample.dtype)),
+                    shape=ir.Shape([None] * sample.ndim if shape is None else list(shape)),
+                )
+            )
+        return made
+
+    def collect(self, model: ir.Model, requests: Iterable[Request], text: str) -> Statistics:
+        """Statistics of a graph that is fed with kept values.
+
+        Raises:
+            DataError: If a value is NaN or infinite.
+        """
+        return collect(
+            model,
+            requests,
+            _Kept(self, [v.name or "" for v in model.graph.inputs]),
+            settings=self._ctx.session,
+            batch_size=self._size,
+            seed=self._ctx.seed,
+            work_dir=self._ctx.work_dir,
+            progress=self._ctx.progress,
+            description=text,
+        )
+
+    def feeds(self, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Array]]]:
+        """The kept values of each run, with its number of samples."""
+        for batch in self._batches:
+            yield batch.count, {n: self._store.get(batch.kept[n]) for n in names}
+
+    @property
+    def layout(self) -> Layout:
+        """How samples lie in the kept arrays: in runs that cannot be divided again."""
+        return Layout(group=self._data.layout.group or self._size)
+
+    def close(self) -> None:
+        """Drop everything that is kept."""
+        for batch in self._batches:
+            for handle in batch.kept.values():
+                self._store.drop(handle)
+        self._batches = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Some of the values of a stream, as samples."""
+
+    stream: Stream
+    names: Sequence[str]
+
+    @property
+    def sample_count(self) -> int:
+        return self.stream.sample_count
+
+    @property
+    def layout(self) -> Layout:
+        return self.stream.layout
+
+    def counted_batches(self, batch_size: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        del batch_size
+        return self.stream.feeds(self.names)
+
+    def first(self) -> dict[str, Array]:
+        return next(self.stream.feeds(self.names))[1]

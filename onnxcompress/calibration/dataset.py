@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcompress.calibration.arrays import Array, LazyArray
 from onnxcompress.calibration.checks import LABELS, Layout, check_dtype, converted, layout_of
+from onnxcompress.calibration.chosen import ChosenSource
 from onnxcompress.errors import DataError
 from onnxcompress.interface import TensorSpec
 
@@ -226,6 +228,39 @@ class Dataset:
             synthetic=self.synthetic,
             start=self._start,
             stop=self._stop,
+        )
+
+    def spread(self, count: int) -> Dataset:
+        """``count`` samples at even distances over the whole set (all when there are fewer).
+
+        The first ones alone would be of few kinds where a set is sorted by class.
+
+        Raises:
+            DataError: If that leaves less than one run.
+        """
+        count = min(max(0, count), self.sample_count)
+        return self._chosen(np.arange(count, dtype=np.int64) * self.sample_count // max(count, 1))
+
+    def divide(self, every: int) -> tuple[Dataset, Dataset]:
+        """All samples but each ``every``-th, and these.
+
+        Raises:
+            DataError: If either is less than one run.
+        """
+        index = np.arange(self.sample_count, dtype=np.int64)
+        apart = index % every == every - 1
+        return self._chosen(index[~apart]), self._chosen(index[apart])
+
+    def _chosen(self, index: npt.NDArray[np.int64]) -> Dataset:
+        if len(index) == self.sample_count:
+            return self
+        labels = self.labels
+        return Dataset(
+            ChosenSource(self._source, index + self._start),
+            self.specs,
+            self._source_description,
+            labels=None if labels is None else labels[index],
+            synthetic=self.synthetic,
         )
 
     def with_labels(self, labels: Array) -> Dataset:

@@ -32,8 +32,8 @@ class Curve:
 
     Attributes:
         group: Number of the group.
-        counts: Removals to choose from, increasing, the first 0.
-        losses: Predicted loss of each, the first 0.
+        counts: Removals to choose from, increasing; the first are those already decided.
+        losses: Predicted loss of each.
     """
 
     group: int
@@ -90,13 +90,14 @@ def allocate(curves: Sequence[Curve], cost: Cost, kept: float) -> dict[int, int]
         Units to remove by group; if the budget cannot be reached, all that may go.
     """
     most = {c.group: c.counts[-1] for c in curves}
-    plan: dict[int, int] = dict.fromkeys(most, 0)
+    plan = {c.group: c.counts[0] for c in curves}
     if cost(plan) <= kept:
         return plan
     if cost(most) > kept:
         return most
+    least = dict(plan)
     for _ in range(_ROUNDS):
-        found = _bisect(_segments(curves, _savings(curves, cost, plan)), cost, kept, most)
+        found = _bisect(_segments(curves, _savings(curves, cost, plan)), cost, kept, least)
         if found == plan:
             break
         plan = found
@@ -107,10 +108,10 @@ def _savings(curves: Sequence[Curve], cost: Cost, plan: Mapping[int, int]) -> di
     """What one unit of each group saves, the others being as in ``plan``."""
     savings = {}
     for curve in curves:
-        last = curve.counts[-1]
-        if last:
-            before, after = cost({**plan, curve.group: 0}), cost({**plan, curve.group: last})
-            savings[curve.group] = (before - after) / last
+        first, last = curve.counts[0], curve.counts[-1]
+        if last > first:
+            before, after = cost({**plan, curve.group: first}), cost({**plan, curve.group: last})
+            savings[curve.group] = (before - after) / (last - first)
     return savings
 
 
@@ -143,12 +144,12 @@ def lower_hull(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[i
 
 
 def _bisect(
-    segments: Sequence[_Segment], cost: Cost, kept: float, most: Mapping[int, int]
+    segments: Sequence[_Segment], cost: Cost, kept: float, least: Mapping[int, int]
 ) -> dict[int, int]:
     """The shortest prefix of ``segments`` that meets the budget."""
 
     def plan(length: int) -> dict[int, int]:
-        taken: dict[int, int] = dict.fromkeys(most, 0)
+        taken = dict(least)
         for segment in segments[:length]:
             taken[segment.group] = max(taken[segment.group], segment.count)
         return taken

@@ -65,10 +65,13 @@ class ResidualTarget:
 
     Attributes:
         terms: Pairs of a tensor name and its factor; the target is their sum.
+        result: The value of the changed model that should then equal the original's: the layer's
+            output, or the sum.
         shortcut: The value subtracted, in the changed model; None where there is none.
     """
 
     terms: tuple[tuple[str, float], ...]
+    result: ir.Value
     shortcut: ir.Value | None = None
 
 
@@ -78,10 +81,10 @@ def residual_target(node: ir.Node, output_name: str, flow: Flow, index: int) -> 
     The shortcut must not depend on layers that are refitted later: of two branches that meet, the
     last one repairs what the first one left.
     """
-    plain = ResidualTarget(((REFERENCE_PREFIX + output_name, 1.0),))
     output = node.outputs[0]
     if output.name != output_name:  # the bias is an Add of its own
         output = next(iter(output.uses())).node.outputs[0]
+    plain = ResidualTarget(((REFERENCE_PREFIX + output_name, 1.0),), output)
     uses = list(output.uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
         return plain
@@ -93,4 +96,4 @@ def residual_target(node: ir.Node, output_name: str, flow: Flow, index: int) -> 
         return plain
     total = add.outputs[0]
     terms = ((f"{REFERENCE_PREFIX}{total.name}", 1.0), (shortcut.name or "", -1.0))
-    return ResidualTarget(terms, shortcut)
+    return ResidualTarget(terms, total, shortcut)

@@ -192,8 +192,10 @@ def _convert(value: object, hint: object, label: str) -> object:
     """Turn a command-line string or a TOML value into the type ``hint``."""
     if isinstance(hint, types.UnionType):
         members = [m for m in typing.get_args(hint) if m is not type(None)]
-        if value is None or (isinstance(value, str) and value.lower() in {"", "none"}):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
+        if value == "":
+            raise UsageError(f"option {label} has no value", hint="Leave it out, or write 'none'.")
         hint = members[0]
     if typing.get_origin(hint) is tuple:
         parts = value.split(",") if isinstance(value, str) else value

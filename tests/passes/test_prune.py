@@ -148,7 +148,7 @@ def test_refitting_everything_reaches_layers_that_lost_nothing(tmp_path: Path) -
     options = PruneOptions(macs=0.7, align=1, include=(first,))
     refitted = [
         {c.node for c in pruned(model, o, tmp_path, data)[1].changes if "refitted" in c.what}
-        for o in (options, replace(options, recover_all=True))
+        for o in (replace(options, recover_all=False), options)
     ]
     assert refitted == [{second}, {second, third}]
 
@@ -234,6 +234,57 @@ def test_the_default_budget_out_of_reach_prunes_nothing_and_says_so(tmp_path: Pa
     assert sum(n.op_type == "Conv" for n in result.graph) > 1
     with pytest.raises(PassError, match="macs=0.8 cannot be reached"):
         pruned(model, PruneOptions(macs=0.8, min_kept=0.9, align=1), tmp_path)
+
+
+def test_limits_name_how_much_stays_where(tmp_path: Path) -> None:
+    model = normalized(fixture("conv_chain").build())
+    first, second = (n.name or "" for n in model.graph if n.op_type == "Conv")
+    options = replace(BLIND, params=0.5, limits=("*:0.25", f"{first}:1"))
+    _, report = pruned(model, options, tmp_path)
+    assert {c.node for c in report.changes} == {second}
+    with pytest.raises(UsageError, match="'nowhere' of the pass 'prune' matches nothing"):
+        pruned(model, replace(options, limits=("nowhere:0.5",)), tmp_path)
+    for wrong in ("conv", "conv:", "conv:2", ":0.5", "conv:nan"):
+        with pytest.raises(UsageError, match="is not PATTERN:FRACTION"):
+            PruneOptions.parse({"limits": wrong}, owner="prune")
+
+
+def test_an_empty_budget_is_refused_and_none_is_the_default() -> None:
+    with pytest.raises(UsageError, match="option prune.macs has no value"):
+        PruneOptions.parse({"macs": ""}, owner="prune")
+    assert PruneOptions.parse({"macs": "none"}, owner="prune").budget.kept == 0.8
+
+
+@pytest.mark.parametrize("importance", ["obs", "activation", "l2"])
+def test_rounds_never_give_back_what_is_gone_and_meet_the_budget(
+    importance: str, tmp_path: Path
+) -> None:
+    model = normalized(fixture("residual_bn").build())
+    data = dataset(model, samples(model, 48))
+    values = {"macs": 0.6, "align": 1, "rounds": 3, "importance": importance}
+    options = PruneOptions.parse(values, owner="prune")
+    result, report = pruned(model, options, tmp_path, data)
+    assert 0.45 <= cost_of(result).macs / cost_of(model).macs <= 0.6
+    assert any("refitted" in c.what for c in report.changes)
+
+
+def test_the_number_of_rounds_follows_the_budget() -> None:
+    steps = {k: PruneOptions(macs=k).steps for k in (0.95, 0.8, 0.7, 0.5, 0.2)}
+    assert steps == {0.95: 1, 0.8: 1, 0.7: 2, 0.5: 3, 0.2: 4}
+    assert PruneOptions(params=0.2, rounds=1).steps == 1
+
+
+def test_several_rounds_repair_what_one_round_cannot(tmp_path: Path) -> None:
+    model = normalized(fixture("pad_slice_shortcut").build())
+    data, fresh = dataset(model, samples(model, 64)), samples(model, 32, seed=1)
+    expected = {n: v.astype(np.float64) for n, v in run_model(model, fresh).items()}
+
+    def error(options: PruneOptions) -> float:
+        found = run_model(pruned(model, options, tmp_path, data)[0], fresh)
+        return sum(float(np.sum((v.astype(np.float64) - expected[n]) ** 2)) for n, v in found.items())
+
+    options = PruneOptions(macs=0.6, align=1, importance=Importance.L2)
+    assert error(replace(options, rounds=3)) < 1.1 * error(options)
 
 
 def test_options_that_contradict_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import enum
+import fnmatch
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from onnxcompress.errors import UsageError
@@ -10,6 +13,10 @@ from onnxcompress.passes.base import PassOptions, option
 
 DEFAULT_KEPT = 0.8
 """Fraction of the MACs kept when the user names no budget."""
+
+
+ROUND_SHARE = 0.2
+"""Part of the model that goes in one round: more, and losses no longer add up."""
 
 
 class Importance(enum.Enum):
@@ -50,6 +57,23 @@ class Budget:
     kept: float
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How much of some groups always stays.
+
+    Attributes:
+        pattern: What a node or weight that makes the units is called; wildcards.
+        kept: Fraction of the units, in [0, 1].
+    """
+
+    pattern: str
+    kept: float
+
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether any of ``names`` fits."""
+        return bool(fnmatch.filter(names, self.pattern))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions(PassOptions):
     """Options of :class:`~onnxcompress.passes.prune.PrunePass`."""
@@ -80,7 +104,14 @@ class PruneOptions(PassOptions):
         "original's outputs (needs calibration).",
     )
     recover_all: bool = option(
-        False, "Refit every layer behind a removal: somewhat closer, about twice as slow."
+        True, "Refit every layer behind a removal; false: only those that lost inputs."
+    )
+    rounds: int = option(
+        0,
+        "Steps in which the budget is spent; after each, layers are refitted and units ranked "
+        "anew. 0 takes one for each fifth of the model that goes.",
+        minimum=0,
+        maximum=100,
     )
     align: int = option(
         0,
@@ -102,6 +133,11 @@ class PruneOptions(PassOptions):
         True,
         "Prune cells of recurrent states that are inputs and outputs of the model too; its "
         "interface stays, removed cells are written as zeros.",
+    )
+    limits: tuple[str, ...] = option(
+        (),
+        "Fractions that stay in place of min_kept, as PATTERN:FRACTION of a node or weight that "
+        "makes the channels (conv1*:0.5).",
     )
     ridge: float = option(
         0.0,
@@ -125,6 +161,17 @@ class PruneOptions(PassOptions):
                 return Budget(measure, kept)
         return Budget(Measure.MACS, DEFAULT_KEPT)
 
+    @property
+    def steps(self) -> int:
+        """The number of rounds, one for each :data:`ROUND_SHARE` of the model unless given."""
+        return self.rounds or max(1, math.ceil((1 - self.budget.kept) / ROUND_SHARE - 1e-9))
+
+    @property
+    def parsed_limits(self) -> tuple[Limit, ...]:
+        """The entries of ``limits``; valid once :meth:`validate` has passed."""
+        parts = [entry.rpartition(":") for entry in self.limits]
+        return tuple(Limit(pattern, float(kept)) for pattern, _, kept in parts)
+
     def validate(self, owner: str) -> None:
         """Check the bounds, and that no more than one budget is set.
 
@@ -132,6 +179,17 @@ class PruneOptions(PassOptions):
             UsageError: If an option is out of its bounds or two budgets are set.
         """
         PassOptions.validate(self, owner)
+        for entry in self.limits:
+            pattern, _, kept = entry.rpartition(":")
+            try:
+                fits = bool(pattern) and 0.0 <= float(kept) <= 1.0
+            except ValueError:
+                fits = False
+            if not fits:
+                raise UsageError(
+                    f"option {owner}.limits: '{entry}' is not PATTERN:FRACTION",
+                    hint="Write for example conv1*:0.5 to keep at least half of what conv1* makes.",
+                )
         given = [m.value for m in Measure if getattr(self, m.value) is not None]
         if len(given) > 1:
             raise UsageError(

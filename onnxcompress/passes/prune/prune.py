@@ -29,7 +29,11 @@ from onnxcompress.passes.prune.consumers import Layers, UnsupportedError, consum
 from onnxcompress.passes.prune.options import Importance, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, Refit, recover
 from onnxcompress.passes.prune.states import state_notes
-from onnxcompress.passes.prune.score import Ranking, rank_with_data, rank_without_data
+from onnxcompress.passes.prune.score import (
+    Ranking,
+    rank_with_data,
+    rank_without_data,
+)
 
 Indices = npt.NDArray[np.int64]
 
@@ -90,12 +94,20 @@ class PrunePass:
         added = _add_biases(model) if options.recover else ()
         coupling = analyse(model, states=options.states)
         work = _Work(model, coupling, options, ctx)
-        rankings = work.rank()
-        removed = work.choose(rankings)
+        reference = model_io.clone(model)
+        rankings: list[Ranking] = []
+        removed: dict[int, Indices] = {}
         recovery = Recovery((), {})
-        if options.recover and removed:
-            reference = model_io.clone(model)
-            recovery = recover(model, reference, coupling, removed, work.layers, options, work.ctx)
+        # Without data a second look at the weights would see what the first one saw.
+        steps = options.steps if ctx.calibration is not None else 1
+        for number in range(1, steps + 1):
+            rankings = work.rank(removed)
+            kept = 1 - (1 - options.budget.kept) * number / steps
+            removed = work.choose(rankings, removed, kept)
+            if options.recover and removed:
+                recovery = recover(
+                    model, reference, coupling, removed, work.layers, options, work.ctx
+                )
         changes = [*work.removals(rankings, removed), *_refit_changes(recovery.refits)]
         remove(model, coupling, removed)
         _drop_zero_biases(model, added)
@@ -162,21 +174,35 @@ class _Work:
         options = self.options
         align = options.align or self.ctx.target.channel_alignment
         step = unit_step(group.size, _width(group), align, strict=options.align > 0)
-        return allowed_counts(group.size, step, options.min_kept)
+        limits = [limit.kept for limit in options.parsed_limits if limit.matches(_names(group))]
+        return allowed_counts(group.size, step, max(limits, default=options.min_kept))
 
-    def rank(self) -> list[Ranking]:
-        """The order of removal of all groups that can lose units at all."""
+    def rank(self, removed: Mapping[int, Indices]) -> list[Ranking]:
+        """The order of removal of all groups that can lose units at all, after ``removed``."""
         groups = [g for g in self.groups if len(self.counts(g)) > 1]
         if not groups:
             return []
         if self.ctx.calibration is None:
             return rank_without_data(self.model, groups, self.options.importance, self.ctx.seed)
         return rank_with_data(
-            self.model, self.coupling, groups, self.layers.consumers, self.options, self.ctx
+            self.model,
+            self.coupling,
+            groups,
+            self.layers.consumers,
+            self.options,
+            self.ctx,
+            removed,
         )
 
-    def choose(self, rankings: Sequence[Ranking]) -> dict[int, Indices]:
+    def choose(
+        self, rankings: Sequence[Ranking], removed: Mapping[int, Indices], kept: float
+    ) -> dict[int, Indices]:
         """Spend the budget; nothing if the default one cannot be reached.
+
+        Args:
+            rankings: The order of removal of each group, what is removed already first.
+            removed: That.
+            kept: What may be left.
 
         Raises:
             PassError: If one that was asked for cannot be reached.
@@ -190,12 +216,13 @@ class _Work:
 
         curves = []
         for ranking in rankings:
-            counts = self.counts(ranking.group)
+            gone = len(removed.get(ranking.group.index, ()))
+            counts = (gone, *(n for n in self.counts(ranking.group) if n > gone))
             losses = tuple(float(ranking.losses[n]) for n in counts)
             curves.append(Curve(ranking.group.index, counts, losses))
-        plan = taken(allocate(curves, lambda counts: left(taken(counts)), budget.kept))
+        plan = taken(allocate(curves, lambda counts: left(taken(counts)), kept))
         reached = left(plan)
-        if not rankings or reached <= budget.kept + 1e-9:
+        if not rankings or reached <= kept + 1e-9:
             return plan
         message = (
             f"{budget.measure.value}={budget.kept:g} cannot be reached: with all that may go "
@@ -274,7 +301,7 @@ def _limited(ctx: PassContext, samples: int) -> PassContext:
     """The job with no more than ``samples`` calibration samples (0: all)."""
     if ctx.calibration is None or not samples or ctx.calibration.sample_count <= samples:
         return ctx
-    return dataclasses.replace(ctx, calibration=ctx.calibration.take(samples))
+    return dataclasses.replace(ctx, calibration=ctx.calibration.spread(samples))
 
 
 def _width(group: Group) -> int:
@@ -303,7 +330,11 @@ def _filtered(groups: Sequence[Group], options: PruneOptions) -> tuple[list[Grou
     """
     matched = {
         pattern: {g.index for g in groups if fnmatch.filter(_names(g), pattern)}
-        for pattern in (*options.include, *options.exclude)
+        for pattern in (
+            *options.include,
+            *options.exclude,
+            *(limit.pattern for limit in options.parsed_limits),
+        )
     }
     for pattern, found in matched.items():
         if not found:

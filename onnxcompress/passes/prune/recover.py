@@ -42,10 +42,11 @@ from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
 from onnxcompress.numerics.least_squares import Moments, choose_ridge, regress, residual_energy
 from onnxcompress.passes._residual import residual_target, trace
+from onnxcompress.passes.prune.clipping import Bounds, bounds_of, clipped_target
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.samples import split
-from onnxcompress.passes.prune.score import row_limit
+from onnxcompress.passes.prune.score import row_limit, staying
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
 from onnxcompress.passes.prune.stream import Stream
@@ -55,6 +56,8 @@ Indices = npt.NDArray[np.int64]
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, relative to the mean variance of the inputs."""
+_TURNS = 2
+"""Refits of a layer towards what its activation lets through."""
 _FALLBACK_RIDGE = 1e-1
 """Where there are too few samples to hold any out."""
 
@@ -129,8 +132,16 @@ def recover(
             for job in level:
                 results = [s[requests[job.consumer.node]] for s in found]
                 fit = job.solve(both.model, results, options.ridge)
-                done.append(fit.refit)
                 job.consumer.write(both.model, fit.weight, fit.bias)
+                for turn in range(_TURNS if job.bounds is not None and fit.refit.used else 0):
+                    again = f"{text}, through the activation ({turn + 1} of {_TURNS})"
+                    results = streams.collect_clipped(both, job, again)
+                    better = job.solve(both.model, results, options.ridge)
+                    if not better.refit.used:
+                        break
+                    job.consumer.write(both.model, better.weight, better.bias)
+                    fit = dataclasses.replace(better, refit=fit.refit)
+                done.append(fit.refit)
                 job.consumer.write(model, fit.weight, fit.bias)
     return Recovery(tuple(done), untreated)
 
@@ -239,6 +250,26 @@ class _Streams:
             found.append(stream.collect(measured, requests, text))
         return found
 
+    def collect_clipped(self, both: _Both, job: _Job, text: str) -> list[CrossMomentsResult]:
+        """Statistics of a job of the current stage with the target that its activation allows."""
+        request = both.request(job)
+        (total, _), *shortcut = request.target
+        found = []
+        for stream in self._streams:
+            names = [total, *(name for name, _ in shortcut)]
+            inputs = {v.name: v for v in stream.inputs([*names, request.value])}
+            measured, name = clipped_target(
+                both.model,
+                job.consumer,
+                data=inputs[request.value],
+                original=inputs[total],
+                shortcut=inputs[shortcut[0][0]] if shortcut else None,
+                bounds=job.bounds or Bounds(),
+            )
+            changed = dataclasses.replace(request, target=((name, 1.0), *shortcut))
+            found.append(stream.collect(measured, [changed], text)[changed])
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
@@ -257,6 +288,7 @@ class _Job:
         target: What to fit to.
         inputs: Which input channels stay, [C].
         outputs: Which outputs stay, [O].
+        bounds: What the activation that follows clips to; None where none follows.
     """
 
     consumer: Consumer
@@ -264,6 +296,7 @@ class _Job:
     target: tuple[tuple[str, float], ...]
     inputs: npt.NDArray[np.bool_]
     outputs: npt.NDArray[np.bool_]
+    bounds: Bounds | None
 
     def request(self) -> CrossMomentsRequest:
         """The statistics it needs."""
@@ -362,7 +395,7 @@ def _jobs(
         target = residual_target(nodes[name], consumer.output, flow, index)
         axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
         channels = consumer.width // consumer.taps * consumer.groups
-        inputs = _stays(coupling, kept, consumer.data, axis, channels)
+        inputs = staying(coupling, kept, consumer.data, axis, channels)
         lost = not inputs.all() or target.shortcut is not None
         if data is None or not (lost or (everything and data in flow.touched)):
             continue
@@ -379,7 +412,8 @@ def _jobs(
                 data.name or "",
                 target.terms,
                 inputs,
-                _stays(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs),
+                staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs),
+                bounds_of(target.result),
             )
         )
     contractions = {t.node for t in coupling.macs} - set(names)
@@ -391,12 +425,3 @@ def _jobs(
     return levels, untreated
 
 
-def _stays(
-    coupling: Coupling, kept: npt.NDArray[np.bool_], value: str, axis: int, length: int
-) -> npt.NDArray[np.bool_]:
-    """Which positions on an axis of a value of the original stay, [length]."""
-    axes = coupling.axes.get(value)
-    units = None if axes is None else axes[axis]
-    if units is None:
-        return np.ones(length, np.bool_)
-    return np.asarray((units < 0) | kept[units])

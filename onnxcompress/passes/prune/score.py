@@ -18,9 +18,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.calibration.dataset import Dataset
-from onnxcompress.calibration.statistics import MomentsRequest, Statistics
+from onnxcompress.calibration.statistics import ConvUnfold, MomentsRequest, Statistics
 from onnxcompress.context import PassContext
-from onnxcompress.errors import DataError
+from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.graph.coupling import Coupling, Group, Sink, Source
 from onnxcompress.graph.surgery import mask
@@ -160,14 +160,27 @@ def rank_with_data(
     consumers: Mapping[str, Consumer],
     options: PruneOptions,
     ctx: PassContext,
+    removed: Mapping[int, Indices],
 ) -> list[Ranking]:
-    """Rankings of all groups, with curves scaled by the measured error of the model's outputs."""
+    """Rankings of all groups, with curves scaled by the measured change of the model's outputs.
+
+    Args:
+        model: The model, refitted after ``removed``.
+        coupling: Its groups.
+        groups: Those to rank.
+        consumers: The linear layers.
+        options: The criterion.
+        ctx: The job; it has calibration data.
+        removed: Units already removed; they come first in every order.
+    """
     readers = {g.index: readers_of(g, consumers) for g in groups}
     if ctx.calibration is None:
         raise DataError("ranking by activations needs calibration data and the job has none")
     fitting, held_out = split(ctx.calibration)
     ctx = dataclasses.replace(ctx, calibration=fitting)
-    probe = OutputProbe(model, fitting if held_out is None else held_out, ctx)
+    masked = mask(model, coupling, removed)
+    probe = OutputProbe(masked, fitting if held_out is None else held_out, ctx)
+    state = _State(model, coupling, coupling.kept(removed), removed, probe)
     rankings: list[Ranking] = []
     batches = list(_batches(groups, readers))
     for number, batch in enumerate(batches, start=1):
@@ -176,14 +189,25 @@ def rank_with_data(
         }
         part = f" ({number} of {len(batches)})" if len(batches) > 1 else ""
         statistics = ctx.collect(
-            model, requests.values(), description=f"prune: input moments{part}"
+            masked, requests.values(), description=f"prune: input moments{part}"
         )
         with ctx.progress.task("prune: ranking channels", len(batch)) as task:
             for group in batch:
-                found = _Scored(model, group, readers[group.index], statistics)
-                rankings.append(found.rank(coupling, options, ctx.seed, probe))
+                found = _Scored(state, group, readers[group.index], statistics)
+                rankings.append(found.rank(options, ctx.seed))
                 task.advance()
     return rankings
+
+
+def staying(
+    coupling: Coupling, kept: npt.NDArray[np.bool_], value: str, axis: int, length: int
+) -> npt.NDArray[np.bool_]:
+    """Which positions on an axis of a value of the original stay, [length]."""
+    axes = coupling.axes.get(value)
+    units = None if axes is None else axes[axis]
+    if units is None:
+        return np.ones(length, np.bool_)
+    return np.asarray((units < 0) | kept[units])
 
 
 def moments_request(consumer: Consumer) -> MomentsRequest:
@@ -209,26 +233,72 @@ def _batches(
 
 
 @dataclass(frozen=True, slots=True)
+class _State:
+    """The model as it is now.
+
+    Attributes:
+        model: It, with the units of ``removed`` still in it.
+        coupling: Its groups.
+        kept: Which units stay, as :meth:`Coupling.kept`.
+        removed: Units already removed, by group.
+        probe: Measures how far outputs are from those without the units already removed.
+    """
+
+    model: ir.Model
+    coupling: Coupling
+    kept: npt.NDArray[np.bool_]
+    removed: Mapping[int, Indices]
+    probe: OutputProbe
+
+
+@dataclass(frozen=True, slots=True)
 class _Scored:
     """One group together with the moments of its readers."""
 
-    model: ir.Model
+    state: _State
     group: Group
     readers: Sequence[_Reader]
     statistics: Statistics
 
-    def rank(
-        self, coupling: Coupling, options: PruneOptions, seed: int, probe: OutputProbe
-    ) -> Ranking:
+    @property
+    def model(self) -> ir.Model:
+        """The model with all units."""
+        return self.state.model
+
+    def rank(self, options: PruneOptions, seed: int) -> Ranking:
+        """The order of removal, scaled by the error measured when half of what is left goes."""
         order, losses, basis = self._curve(options, seed)
-        half = max(1, min(self.group.size // 2, len(order)))
-        removed = {self.group.index: order[:half]}
-        variant = mask(self.model, coupling, removed)
+        gone = self.state.removed.get(self.group.index, np.zeros(0, np.int64))
+        order = np.concatenate([gone, order[~np.isin(order, gone)]])
+        losses = losses - losses[len(gone)]
+        losses[: len(gone)] = 0.0
+        half = len(gone) + max(1, min((self.group.size - len(gone)) // 2, len(order) - len(gone)))
+        if half >= len(losses):
+            return Ranking(self.group, order, losses, basis)
+        variant = mask(
+            self.model,
+            self.state.coupling,
+            {**self.state.removed, self.group.index: order[:half]},
+        )
         if options.recover:
             self._refit(variant, order[:half])
-        measured = probe.error_of(variant)
+        measured = self.state.probe.error_of(variant)
         scale = measured / losses[half] if losses[half] > 0 else 0.0
         return Ranking(self.group, order, losses * scale, basis)
+
+    def _alive(self, reader: _Reader) -> npt.NDArray[np.bool_]:
+        """Which columns of the reader's groups are still read, [G, D]."""
+        consumer = reader.consumer
+        axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
+        channels = consumer.width // consumer.taps
+        stays = staying(
+            self.state.coupling,
+            self.state.kept,
+            consumer.data,
+            axis,
+            channels * consumer.groups,
+        )
+        return np.repeat(stays.reshape(consumer.groups, channels), consumer.taps, axis=1)
 
     def _curve(self, options: PruneOptions, seed: int) -> tuple[Indices, Array, str]:
         criterion = options.importance
@@ -271,14 +341,20 @@ class _Scored:
         """``H`` [G, D, D], centred where a bias can take up the mean, and the means [G, D]."""
         found = self.statistics[moments_request(reader.consumer)]
         covariance = np.stack([shrunk(c, found.count) for c in found.covariance])
+        alive = self._alive(reader)
+        mean = found.mean * alive
+        covariance *= alive[:, :, None] & alive[:, None, :]
         if reader.consumer.bias is not None:
-            return covariance, found.mean
-        raw = covariance + found.mean[:, :, None] * found.mean[:, None, :]
-        return raw, np.zeros_like(found.mean)
+            return covariance, mean
+        return covariance + mean[:, :, None] * mean[:, None, :], np.zeros_like(mean)
+
+    def _weight(self, reader: _Reader) -> Array:
+        """``W`` [G, O/G, D], zero where nothing is read any longer."""
+        return reader.consumer.matrix(self.model) * self._alive(reader)[:, None, :]
 
     def _blocks(self, reader: _Reader) -> list[Block]:
         moment, _ = self._moment(reader)
-        weight = reader.consumer.matrix(self.model)
+        weight = self._weight(reader)
         energy = float(np.einsum("god,gde,goe->", weight, moment, weight))
         scale = 1.0 / energy if energy > 0 else 0.0
         return [Block(weight[g], moment[g], columns, scale) for g, columns in reader.columns]
@@ -290,7 +366,7 @@ class _Scored:
             if consumer.obstacle:
                 continue
             moment, mean = self._moment(reader)
-            weight = consumer.matrix(self.model)
+            weight = self._weight(reader)
             fitted = weight.copy()
             for g, columns in reader.columns:
                 gone = columns[removed].ravel()
@@ -313,9 +389,17 @@ class OutputProbe:
     def __init__(self, model: ir.Model, data: Dataset, ctx: PassContext) -> None:
         self._ctx = ctx
         group = data.layout.group or 1
-        probed = data.take(max(_PROBE_SAMPLES // group, 1) * group)
-        self._batches = list(probed.batches(ctx.batch_size))
-        self._expected = list(self._run(model))
+        probed = data.spread(max(_PROBE_SAMPLES // group, 1) * group)
+        size = ctx.batch_size
+        while True:
+            self._batches = list(probed.batches(size))
+            try:
+                self._expected = list(self._run(model))
+                break
+            except (MemoryError, ModelError):
+                if size == 1 or data.layout.group is not None:
+                    raise
+                size = max(size // 2, 1)
 
     def error_of(self, variant: ir.Model) -> float:
         """``Σ‖y - y₀‖² / Σ‖y₀‖²``, averaged over the floating-point outputs; 1 if not finite."""

@@ -1,7 +1,9 @@
 """Pruning on real models: the task metric before and after, for several budgets and criteria.
 
     python benchmarks/prune.py cifar_resnet20 --zoo PATH --models-dir FOLDER --macs 0.8,0.5
+    python benchmarks/prune.py --suite --zoo PATH --models-dir FOLDER
 
+The second form is the table of the documentation: one budget per model, with the default options.
 PATH holds ``zoo.py``, which prepares models and data (once, into FOLDER) and evaluates results
 independently of this package. One row per model, budget and method; ``--json`` writes all that was
 measured.
@@ -19,7 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+import onnx_ir as ir
 
 from onnxcompress import model_io
 from onnxcompress.calibration.sources import open_dataset
@@ -28,9 +33,22 @@ from onnxcompress.errors import OnnxCompressError
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.fold import FoldPass
 from onnxcompress.passes.prune import Importance, PruneOptions, PrunePass
+from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.simplify import SimplifyPass
 from onnxcompress.runtime import SessionSettings, compare_latency, open_session
 from onnxcompress.targets import target_by_name
+
+SUITE: tuple[tuple[str, dict[str, object]], ...] = (
+    ("mnist_lenet", {"params": 0.3}),
+    ("mobilenetv1_025_224", {"macs": 0.8}),
+    ("squeezenet11", {"macs": 0.8}),
+    ("cifar_resnet20", {"macs": 0.7}),
+    ("cifar_resnet20", {"macs": 0.5}),
+    ("cifar_resnet56", {"macs": 0.7}),
+    ("cifar_resnet56", {"macs": 0.5}),
+    ("minilm_l6_v2", {"macs": 0.8}),
+)
+"""Models and budgets of the documentation's table."""
 
 METHODS: dict[str, tuple[Importance, bool]] = {
     "random": (Importance.RANDOM, False),
@@ -46,7 +64,9 @@ METHODS: dict[str, tuple[Importance, bool]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("models", nargs="+", help="names in the zoo")
+    parser.add_argument("models", nargs="*", help="names in the zoo")
+    parser.add_argument("--suite", action="store_true", help="the documentation's table")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--zoo", required=True, type=Path, help="folder that holds zoo.py")
     parser.add_argument("--models-dir", required=True, type=Path, help="folder of prepared models")
     parser.add_argument("--macs", default="0.8", help="comma-separated fractions to keep")
@@ -61,24 +81,32 @@ def main() -> None:
 
     rows: list[dict[str, object]] = []
     print(
-        f"{'model':24s} {'macs':>5s} {'method':18s} {'kept':>6s} {'params':>6s} "
-        f"{'metric':>8s} {'before':>8s} {'agree':>6s} {'SQNR':>6s} {'speed':>6s} {'seconds':>7s}"
+        f"{'model':24s} {'budget':12s} {'method':18s} {'kept':>6s} {'params':>6s} "
+        f"{'metric':>8s} {'before':>8s} {'agree':>6s} {'SQNR':>6s} {'speed':>6s} "
+        f"{'at 8':>6s} {'seconds':>7s}"
     )
-    for name in arguments.models:
-        for kept in map(float, arguments.macs.split(",")):
-            for method in arguments.methods.split(","):
-                row = measure(name, kept, method, arguments)
-                rows.append(row)
-                print(line(row), flush=True)
+    given: dict[str, object] = dict(pair.split("=", 1) for pair in arguments.set)
+    runs = [
+        (name, method, {**given, "macs": kept})
+        for name in arguments.models
+        for kept in map(float, arguments.macs.split(","))
+        for method in arguments.methods.split(",")
+    ]
+    if arguments.suite:
+        runs += [(name, "obs+ls", {**given, **budget}) for name, budget in SUITE]
+    for name, method, options in runs:
+        row = measure(name, method, options, arguments)
+        rows.append(row)
+        print(line(row), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(
-    name: str, kept: float, method: str, arguments: argparse.Namespace
+    name: str, method: str, given: Mapping[str, object], arguments: argparse.Namespace
 ) -> dict[str, object]:
     """Prune one model one way and evaluate the result."""
-    row: dict[str, object] = {"model": name, "macs": kept, "method": method}
+    row: dict[str, object] = {"model": name, "method": method, "options": dict(given)}
     source = arguments.models_dir / f"{name}.onnx"
     calibration = arguments.models_dir / f"{name}.calib.npz"
     if not source.exists() or not calibration.exists():
@@ -105,9 +133,8 @@ def measure(
         SimplifyPass().run(model, context)
         FoldPass().run(model, context)
         dense = model_io.clone(model)
-        options = PruneOptions(
-            macs=kept, importance=importance, recover=recover, align=arguments.align
-        )
+        fixed = {"importance": importance.value, "recover": recover, "align": arguments.align}
+        options = PruneOptions.parse({**fixed, **given}, owner="prune")
         start = time.perf_counter()
         try:
             report = PrunePass(options).run(model, context)
@@ -122,6 +149,7 @@ def measure(
             open_session(dense, settings), open_session(result, settings), feeds
         )
         row["speed"] = latency.ratio
+        row["speed_8"] = speed_of_eight(dense, result, context)
         limit = [] if arguments.limit is None else ["--limit", str(arguments.limit)]
         found = subprocess.run(
             [sys.executable, str(arguments.zoo / "zoo.py"), "evaluate", name, str(result), *limit,
@@ -132,9 +160,26 @@ def measure(
     return row
 
 
+def speed_of_eight(dense: ir.Model, result: Path, context: PassContext) -> float | None:
+    """Processor time of the original / the result at batch 8 on one thread; None if it is fixed."""
+    data = context.calibration
+    if data is None or data.layout.group is not None or data.sample_count < 8:
+        return None
+    one = SessionSettings(threads=1)
+    before, after = run_times(
+        [open_session(dense, one), open_session(result, one)],
+        next(data.batches(8)),
+        seconds=3.0,
+    )
+    return before / after
+
+
 def line(row: dict[str, object]) -> str:
     """One row of the table."""
-    head = f"{row['model']:24s} {row['macs']:5.2f} {row['method']:18s}"
+    given = row["options"]
+    budget = given if isinstance(given, dict) else {}
+    text = " ".join(f"{k}={v}" for k, v in budget.items() if k in {"macs", "params", "bytes"})
+    head = f"{row['model']:24s} {text:12s} {row['method']:18s}"
     figures, result = row.get("figures"), row.get("evaluation")
     if not isinstance(figures, dict) or not isinstance(result, dict) or "error" in result:
         reason = result.get("error") if isinstance(result, dict) else row.get("error")
@@ -144,7 +189,7 @@ def line(row: dict[str, object]) -> str:
         f"{head} {figures['macs_kept_ratio']:6.3f} {figures['params_kept_ratio']:6.3f} "
         f"{result['value']:8.4f} {result['reference_value'] or 0:8.4f} "
         f"{'-' if agreement is None else f'{agreement:.4f}':>6s} {result['sqnr_db']:6.2f} "
-        f"{row['speed']:6.2f} {row['seconds']:7.1f}"
+        f"{row['speed']:6.2f} {row['speed_8'] or 0:6.2f} {row['seconds']:7.1f}"
     )
 
 

@@ -259,6 +259,20 @@ def test_scales_are_powers_of_two_where_asked_for(name: str, tmp_path: Path) -> 
     assert _sqnr_db(model, reference) > 18
 
 
+def test_automatic_padding_is_rounded_with_error_feedback(tmp_path: Path) -> None:
+    b = ModelBuilder("same")
+    x = b.input("x", ["batch", 4, 9, 9])
+    y = b.op("Conv", x, b.weight(8, 4, 3, 3), auto_pad="SAME_UPPER", strides=[2, 2])
+    b.output(b.op("Relu", y))
+    model = b.build()
+    model_io.normalize(model)
+    reference = model_io.clone(model)
+    report = _run(model, tmp_path, _options(weights="gptq"))
+    (conv,) = [c for c in report.changes if c.op_type == "Conv"]
+    assert "error feedback" in conv.what
+    assert _sqnr_db(model, reference) > 30
+
+
 def test_on_phones_a_pool_has_the_scale_of_its_input(tmp_path: Path) -> None:
     scales = {}
     for name in ("mobile", "arm64"):

@@ -2,8 +2,10 @@
 
 - What depends only on static shapes becomes a constant: Reshape targets, paddings, slice bounds,
   masks, zero states.
+- An If that takes the same branch on every run becomes that branch.
 - Reshape and Expand targets are written as static number, ``0`` (copy) or at most one ``-1``,
   where that says the same as the computed target.
+- A transposition that merges the batch with other axes leaves them apart.
 - Squeeze names its axes, as an axis that shrinks to length one must not vanish.
 - Zero initial states of recurrent layers are dropped: zero is the default.
 - Vectors shared by several nodes (biases, scales) get a copy per node, so that equal values do not
@@ -17,10 +19,18 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from onnxcompress.graph.constants import constant_of, constant_tensor, is_constant, set_initializer
+from onnxcompress.graph.branches import settle_branches
+from onnxcompress.graph.constants import (
+    Array,
+    constant_of,
+    constant_tensor,
+    is_constant,
+    set_initializer,
+)
 from onnxcompress.graph.naming import Namer
 from onnxcompress.graph.probe import Dims, Shapes, probe
 from onnxcompress.graph.rules.base import attribute_ints, input_value
+from onnxcompress.graph.transposes import unmerge_transposes
 
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 # Operators that keep an all-zero tensor all-zero.
@@ -37,7 +47,8 @@ def canonicalize(model: ir.Model) -> None:
         model: A model after :func:`onnxcompress.model_io.normalize`.
     """
     _unique_values(model)
-    shapes = probe(model)
+    shapes = settle_branches(model, probe(model))
+    unmerge_transposes(model, shapes)
     namer = Namer(model)
     for node in list(model.graph.all_nodes()):
         if node.domain not in {"", "ai.onnx"}:
@@ -79,6 +90,16 @@ def _fold(model: ir.Model, shapes: Shapes, namer: Namer) -> None:
             name = namer.value(f"{output.name}/canonical_constant")
             constant = set_initializer(model.graph, name, np.array(array))
             output.replace_all_uses_with(constant)
+            _feed_ranges(model, constant, array, namer)
+
+
+def _feed_ranges(model: ir.Model, constant: ir.Value, array: Array, namer: Namer) -> None:
+    """Range takes a computed ``[1]`` for a number, but no constant one."""
+    for use in list(constant.uses()) if array.shape == (1,) else ():
+        if use.node.op_type == "Range":
+            name = namer.value(f"{constant.name}_scalar")
+            scalar = set_initializer(model.graph, name, array.reshape(()))
+            use.node.replace_input_with(use.idx, scalar)
 
 
 def _write_target(model: ir.Model, node: ir.Node, shapes: Shapes, namer: Namer) -> None:

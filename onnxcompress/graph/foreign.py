@@ -62,7 +62,8 @@ def output_shapes(node: ir.Node, inputs: Sequence[Dims | None]) -> list[Dims | N
         inputs: Shapes of its inputs, None for absent and unknown ones.
     """
     first = inputs[0] if inputs else None
-    if first is None:
+    own = node.domain == "com.microsoft" or node.op_type == "SimplifiedLayerNormalization"
+    if first is None or not own:
         return None
     like = _LIKE_INPUT.get(node.op_type)
     if like is not None:

@@ -186,6 +186,7 @@ class _Evaluation:
 
     model: ir.Model
     shapes: dict[ir.Value, Dims]
+    hypothesis: Hypothesis | None = None
     computed: dict[ir.Value, Array] = field(default_factory=dict)
     failures: int = 0
     _types: dict[ir.Value, onnx.TypeProto] = field(default_factory=dict)
@@ -228,6 +229,7 @@ class _Evaluation:
             self._settle(output, None if types is None else types.get(output.name or ""))
         if types is None:
             self._foreign(node)
+            self._squeezed(node)
         if proto is not None:
             self._compute(node, proto)
 
@@ -246,8 +248,37 @@ class _Evaluation:
             if output.dtype is None and kind is not None:
                 self._types[output] = _tensor_type(kind.tensor_type.elem_type, shape)
 
+    def _squeezed(self, node: ir.Node) -> None:
+        """A Squeeze of an axis that is not of length one here: on a run that succeeds it is."""
+        before = self.shapes.get(node.inputs[0]) if node.inputs and node.inputs[0] else None
+        if node.op_type != "Squeeze" or node.domain != "" or before is None:
+            return
+        axes = node.attributes.get_ints("axes")
+        if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+            given = self.computed.get(node.inputs[1])
+            axes = None if given is None else [int(a) for a in np.ravel(given)]
+        if axes is not None and node.outputs[0] not in self.shapes:
+            gone = {a % len(before) for a in axes}
+            self.shapes[node.outputs[0]] = tuple(
+                d for axis, d in enumerate(before) if axis not in gone
+            )
+
+    def _take(self, node: ir.Node) -> bool:
+        """Hand on the results of the branch that an If takes in a hypothesis."""
+        taken = self.hypothesis.taken(node, self.computed) if self.hypothesis else None
+        if taken is None:
+            return False
+        for output, result in zip(node.outputs, _branches(node)[taken].outputs, strict=True):
+            if result in self.shapes:
+                self.shapes[output] = self.shapes[result]
+            if result in self.computed:
+                self.computed[output] = self.computed[result]
+        return True
+
     def _join(self, node: ir.Node) -> None:
         """An If: a length that both branches agree on is known."""
+        if self._take(node):
+            return
         branches = _branches(node)
         for index, output in enumerate(node.outputs):
             shapes = [self.shapes.get(branch.outputs[index]) for branch in branches]
@@ -349,7 +380,9 @@ class _Evaluation:
                 return
         results = self._evaluate(proto, {v.name or "": self.computed[v] for v in inputs})
         for output, array in zip(node.outputs, results or (), strict=False):
-            self.computed[output] = array
+            # The evaluator and the inference have to agree: either may be wrong.
+            if array.shape == self.shapes.get(output):
+                self.computed[output] = array
 
     def _measure(self, node: ir.Node) -> None:
         dims = self.shapes.get(node.inputs[0]) if node.inputs and node.inputs[0] else None
@@ -394,6 +427,67 @@ class _Evaluation:
             results = None
         self._results[key] = results
         return results
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What if an If took one of its branches.
+
+    Attributes:
+        model: The model.
+        node: The If.
+        branch: 0 for then, 1 for else.
+    """
+
+    model: ir.Model
+    node: ir.Node
+    branch: int
+
+    def taken(self, node: ir.Node, computed: Mapping[ir.Value, Array]) -> int | None:
+        """The branch that ``node`` takes; None if that depends on the data."""
+        if node is self.node:
+            return self.branch
+        value = node.inputs[0]
+        array = None if value is None else computed.get(value)
+        return None if array is None or array.size != 1 else int(not np.ravel(array)[0])
+
+    def fails(self) -> bool:
+        """Whether some operator then fails for the rank of its input, on every path."""
+        graph = self.node.graph
+        if not isinstance(graph, ir.Graph):
+            return False
+        for lengths in _PRIMES:
+            dims = _input_dims(self.model, lengths, False)
+            if not self._breaks(graph, _Evaluation(self.model, dims, self)):
+                return False
+        return True
+
+    def _breaks(self, graph: ir.Graph, found: _Evaluation) -> bool:
+        for node in graph:
+            branches = _branches(node)
+            if branches:
+                taken = self.taken(node, found.computed)
+                paths = branches if taken is None else [branches[taken]]
+                if all(self._breaks(path, found) for path in paths):
+                    return True
+            elif _has_wrong_rank(node, found.shapes):
+                return True
+        return False
+
+
+def _has_wrong_rank(node: ir.Node, shapes: Mapping[ir.Value, Dims]) -> bool:
+    """Whether an operator of fixed rank gets a tensor of another one."""
+    if node.domain not in {"", "ai.onnx"} or len(node.inputs) < 2:
+        return False
+    data, weight = (None if v is None else shapes.get(v) for v in node.inputs[:2])
+    if data is None:
+        return False
+    if node.op_type in {"GRU", "LSTM", "RNN"}:
+        return len(data) != 3
+    if node.op_type == "Gemm":
+        return len(data) != 2
+    convolves = node.op_type in {"Conv", "ConvTranspose"}
+    return convolves and weight is not None and len(data) != len(weight)
 
 
 def _content(array: Array) -> bytes:

@@ -17,17 +17,23 @@ from onnx.backend.test.case.test_case import TestCase
 from onnx.backend.test.loader import load_model_tests
 
 
-def operator_cases() -> Iterator[TestCase]:
-    """Cases of one node whose inputs and outputs are tensors."""
+def operator_cases(*, single: bool = True) -> Iterator[TestCase]:
+    """Cases whose inputs and outputs are tensors.
+
+    Args:
+        single: Only those of a single node, not those that write a function out.
+    """
     for case in load_model_tests(kind="node"):
-        if case.model is not None and len(case.model.graph.node) == 1 and case.data_sets:
+        if case.model is None or not case.data_sets:
+            continue
+        if not single or len(case.model.graph.node) == 1:
             inputs, outputs = case.data_sets[0]
             if all(isinstance(a, np.ndarray) for a in (*inputs, *outputs)):
                 yield case
 
 
 def as_network(case: TestCase) -> ir.Model | None:
-    """A model with one scalar input around the case's node; None where a type is not for numpy."""
+    """A model with one scalar input around the case's nodes; None where a type is not for numpy."""
     assert case.model is not None
     assert case.data_sets is not None
     inputs, outputs = case.data_sets[0]
@@ -44,7 +50,8 @@ def as_network(case: TestCase) -> ir.Model | None:
             continue
         weights.append(numpy_helper.from_array(array, f"{info.name}/weight"))
         nodes.append(helper.make_node("Add", [f"{info.name}/weight", "zero"], [info.name]))
-    nodes.append(graph.node[0])
+    nodes.extend(graph.node)
+    weights.extend(graph.initializer)
     results: list[str] = []
     for info, array in zip(graph.output, outputs, strict=True):
         if info.type.tensor_type.elem_type not in _NUMPY_TYPES or array.dtype.kind not in "biuf":

@@ -54,6 +54,9 @@ _BATCH_NOTE = (
 
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 
+NOT_FASTER = "Integers make this model smaller but not faster here"
+"""How the note of a static result that brings no speed begins."""
+
 Refuse = Callable[[ir.Node], str | None]
 
 
@@ -359,6 +362,8 @@ class _Run:
         notes = list(static.notes)
         if forms and notes and not result.base.static.nodes:
             notes.pop()  # it says that the model was left in float
+        if forms:  # the speed of the static part alone, which is not what is shipped
+            notes = [note for note in notes if not note.startswith(NOT_FASTER)]
         notes += self._notes
         if forms and not computed:
             notes.append(

@@ -20,7 +20,7 @@ from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.passes.quant.build import Builder, Built
 from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
-from onnxcompress.passes.quant.dynamic import Static, add_dynamic, plan_dynamic
+from onnxcompress.passes.quant.dynamic import NOT_FASTER, Static, add_dynamic, plan_dynamic
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
@@ -424,8 +424,7 @@ class _Run:
         self._figures["speed_ratio"] = round(ratio, 3)
         if _LOSES <= ratio < _GAINS:
             self._notes.append(
-                "Integers make this model smaller but not faster here "
-                f"({ratio:.2f}x the speed of float with one thread)."
+                f"{NOT_FASTER} ({ratio:.2f}x the speed of float with one thread)."
             )
         return mixed if ratio >= _LOSES else None
 

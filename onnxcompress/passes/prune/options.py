@@ -93,6 +93,13 @@ class PruneOptions(PassOptions):
         minimum=0.01,
         maximum=1.0,
     )
+    latency: float | None = option(
+        None,
+        "Fraction of the time of a run to keep, measured on this machine (one sample, one "
+        "thread), instead of macs.",
+        minimum=0.01,
+        maximum=1.0,
+    )
     importance: Importance = option(
         Importance.AUTO,
         "How units are chosen: obs, activation, l1, l2, geometric_median or random; auto is obs "
@@ -150,11 +157,13 @@ class PruneOptions(PassOptions):
     @property
     def asks_for_budget(self) -> bool:
         """Whether the user named a budget."""
-        return any(getattr(self, measure.value) is not None for measure in Measure)
+        return self.latency is not None or any(getattr(self, measure.value) is not None for measure in Measure)
 
     @property
     def budget(self) -> Budget:
-        """The one budget that is set, or the default."""
+        """The one budget that is set, or the default; a latency is planned for in MACs."""
+        if self.latency is not None:
+            return Budget(Measure.MACS, self.latency)
         for measure in Measure:
             kept = getattr(self, measure.value)
             if kept is not None:
@@ -190,9 +199,10 @@ class PruneOptions(PassOptions):
                     f"option {owner}.limits: '{entry}' is not PATTERN:FRACTION",
                     hint="Write for example conv1*:0.5 to keep at least half of what conv1* makes.",
                 )
-        given = [m.value for m in Measure if getattr(self, m.value) is not None]
+        names = [*(m.value for m in Measure), "latency"]
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
                 f"pass '{owner}' takes one budget, not {' and '.join(given)}",
-                hint=f"Set one of {', '.join(m.value for m in Measure)}.",
+                hint=f"Set one of {', '.join(names)}.",
             )

@@ -26,6 +26,7 @@ from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
 from onnxcompress.passes.prune.budget import remaining
 from onnxcompress.passes.prune.consumers import Layers, UnsupportedError, consumer_of
+from onnxcompress.passes.prune.latency import Clock, plan_in_time
 from onnxcompress.passes.prune.options import Importance, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, Refit, recover
 from onnxcompress.passes.prune.states import state_notes
@@ -220,12 +221,26 @@ class _Work:
             counts = (gone, *(n for n in self.counts(ranking.group) if n > gone))
             losses = tuple(float(ranking.losses[n]) for n in counts)
             curves.append(Curve(ranking.group.index, counts, losses))
-        plan = taken(allocate(curves, lambda counts: left(taken(counts)), kept))
-        reached = left(plan)
+
+        def plan_for(share: float) -> dict[int, Indices]:
+            return taken(allocate(curves, lambda counts: left(taken(counts)), share))
+
+        name = budget.measure.value
+        if self.options.latency is not None and rankings:
+            name = "latency"
+            clock = Clock(self.model, self.coupling, self.ctx)
+            plan, reached = plan_in_time(plan_for, clock.ratio, kept)
+            self.notes.append(
+                f"A run takes {reached:.2f} of the original's time (one sample, one thread, "
+                f"measured before refitting), with {left(plan):.2f} of the multiply-accumulates."
+            )
+        else:
+            plan = plan_for(kept)
+            reached = left(plan)
         if not rankings or reached <= kept + 1e-9:
             return plan
         message = (
-            f"{budget.measure.value}={budget.kept:g} cannot be reached: with all that may go "
+            f"{name}={budget.kept:g} cannot be reached: with all that may go "
             f"removed, {reached:.3f} is left"
         )
         if not self.options.asks_for_budget:
@@ -236,7 +251,7 @@ class _Work:
         hint = "Lower prune.min_kept or prune.align, or leave the pass out."
         if possible < 1:
             hint = (
-                f"Ask for {budget.measure.value}={possible:.2f} or more, or lower prune.min_kept "
+                f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept "
                 "or prune.align."
             )
         raise PassError("prune", message, hint=hint)

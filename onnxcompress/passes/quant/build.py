@@ -209,10 +209,11 @@ class Builder:
         return Built(plan, affines, layers, correction, method)
 
     def quick_sqnr_db(self, chosen: frozenset[str]) -> float:
-        """SQNR of the worst output with whole ranges and weights rounded to nearest."""
+        """SQNR of the worst output with whole ranges."""
         plan = make_plan(self.network, chosen)
         affines = range_affines(make_groups(self.network, plan, self._measured.ranges), self._grid)
-        quantized = self.write(plan, affines, self._layers(plan, affines, {}))
+        layers = self._layers(plan, affines, self._measured.covariances)
+        quantized = self.write(plan, affines, layers)
         ratios = correct_biases(self._ctx, self.model, quantized, {}).output_sqnr_db
         return min(ratios.values(), default=np.inf)
 

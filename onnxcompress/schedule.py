@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxcompress.errors import UsageError
 from onnxcompress.passes import make_pass, pass_class
-from onnxcompress.passes.base import NeedsByTarget, Stage
+from onnxcompress.passes.base import Completed, NeedsByTarget, Stage
 from onnxcompress.targets import Target
 
 if TYPE_CHECKING:
@@ -70,13 +70,28 @@ def plan_schedule(recipe: Recipe) -> Schedule:
     if twice:
         raise UsageError(f"pass '{twice[0]}' is named twice in --passes {','.join(asked)}")
     added = _preparations(recipe, {name: pass_class(name).stage for name in asked})
-    _check_owners(recipe.options, (*added, *asked))
-    steps = [
-        Step(name, make_pass(name, recipe.options.get(name, {})), name in added)
-        for name in (*added, *asked)
-    ]
+
+    def step(name: str) -> Step:
+        return Step(name, make_pass(name, recipe.options.get(name, {})), name not in asked)
+
+    steps = [step(name) for name in (*added, *asked)]
+    completions = _completions(steps)
+    steps += [step(name) for name in completions]
+    _check_owners(recipe.options, tuple(step.name for step in steps))
     steps.sort(key=lambda step: step.instance.stage)
-    return Schedule(tuple(steps), tuple(_notes(asked, added, steps)))
+    notes = [*_notes(asked, added, steps), *(f"Added {n}: {why}" for n, why in completions.items())]
+    return Schedule(tuple(steps), tuple(notes))
+
+
+def _completions(steps: list[Step]) -> dict[str, str]:
+    """Passes to add because others want to be completed by them, with the reason."""
+    found: dict[str, str] = {}
+    there = {step.name for step in steps}
+    for step in steps:
+        last = step.instance.completed_by if isinstance(step.instance, Completed) else None
+        if last is not None and last not in there:
+            found.setdefault(last, f"it completes {step.name}.")
+    return found
 
 
 def _preparations(recipe: Recipe, stages: Mapping[str, Stage]) -> tuple[str, ...]:

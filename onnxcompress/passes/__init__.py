@@ -27,10 +27,12 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "equalize": "onnxcompress.passes.equalize:EqualizePass",
         "prune": "onnxcompress.passes.prune:PrunePass",
         "svd": "onnxcompress.passes.svd:SvdPass",
+        "sparse": "onnxcompress.passes.sparse:SparsePass",
         "quant": "onnxcompress.passes.quant:QuantPass",
         "share": "onnxcompress.passes.share:SharePass",
         "fp16": "onnxcompress.passes.fp16:Fp16Pass",
         "weights": "onnxcompress.passes.weight_only:WeightOnlyPass",
+        "pack": "onnxcompress.passes.pack:PackPass",
     }
 )
 

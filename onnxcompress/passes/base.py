@@ -32,6 +32,7 @@ class Stage(enum.IntEnum):
     RECOVER = 40
     PRECISION = 60
     SHARE = 70
+    STORAGE = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,3 +274,12 @@ class NeedsByTarget(Protocol):
 
     def needs_for(self, target: Target) -> frozenset[Statistic]:
         """What calibration must collect when compressing for ``target``."""
+
+
+@runtime_checkable
+class Completed(Protocol):
+    """A pass that another one completes, behind all that still change weights."""
+
+    @property
+    def completed_by(self) -> str | None:
+        """Name of that pass; None where these options need none."""

@@ -240,7 +240,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
-        judge = Judge(arguments.zoo, arguments.models_dir or Path(scratch) / "zoo")
+        folder = arguments.models_dir or Path(scratch) / "zoo"
+        judge = Judge(arguments.zoo.resolve(), folder.resolve())
         if arguments.worker:
             print(json.dumps(work(arguments, judge)))
             return
@@ -294,13 +295,18 @@ def measure(
     original = judge.prepare(model)
     folder = Path(tempfile.mkdtemp(dir=prepared.parent))
     output = folder / "result.onnx"
-    command = [sys.executable, str(Path(__file__).resolve()), "--zoo", str(arguments.zoo)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--zoo", str(arguments.zoo.resolve())]
     command += ["--models-dir", str(judge.folder), "--models", model, "--worker", tool]
     command += ["--samples", str(arguments.samples), "--keep", str(keep)]
     command += ["--prepared", str(prepared), "--output", str(output)]
     try:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            cwd=folder,  # some tools leave files where they run
         )
         if done.returncode or not output.exists():
             lines = [entry for entry in done.stderr.splitlines() if entry.strip()]

@@ -28,7 +28,8 @@ from onnxcompress.passes.prune.budget import remaining
 from onnxcompress.passes.prune.consumers import Layers, UnsupportedError, consumer_of
 from onnxcompress.passes.prune.latency import Clock, plan_in_time
 from onnxcompress.passes.prune.options import Importance, PruneOptions
-from onnxcompress.passes.prune.recover import Recovery, Refit, recover
+from onnxcompress.passes.prune.jobs import Refit
+from onnxcompress.passes.prune.recover import Recovery, recover
 from onnxcompress.passes.prune.states import state_notes
 from onnxcompress.passes.prune.score import (
     Ranking,

@@ -44,6 +44,7 @@ from onnxcompress.numerics.least_squares import Moments, choose_ridge, regress, 
 from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.clipping import Bounds, bounds_of, clipped_target
 from onnxcompress.passes.prune.consumers import Consumer, Layers
+from onnxcompress.passes.prune.jobs import Job, Refit, jobs_of
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.score import row_limit, staying
@@ -54,35 +55,8 @@ from onnxcompress.passes.prune.stream import Stream
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Candidates for the ridge, relative to the mean variance of the inputs."""
 _TURNS = 2
 """Refits of a layer towards what its activation lets through."""
-_FALLBACK_RIDGE = 1e-1
-"""Where there are too few samples to hold any out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refit:
-    """What became of one layer.
-
-    Attributes:
-        consumer: The layer.
-        ridges: The ridge used for each group; infinite where only the bias changed, None where
-            nothing did.
-        rows_per_column: Rows seen per unfolded input.
-    """
-
-    consumer: Consumer
-    ridges: tuple[float | None, ...]
-    rows_per_column: float
-
-    @property
-    def used(self) -> bool:
-        """Whether any group got new weights."""
-        return any(r is not None for r in self.ridges)
-
-
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """What was refitted, and which layers downstream of a removal could not be.
@@ -120,7 +94,7 @@ def recover(
         raise DataError("recovery needs calibration data and the job has none")
     masked = mask(model, coupling, removed)
     kept = coupling.kept(removed)
-    levels, untreated = _jobs(model, masked, coupling, kept, layers, options.recover_all)
+    levels, untreated = jobs_of(model, masked, coupling, kept, layers, options.recover_all)
     both = _Both.of(masked, reference, [job.consumer for level in levels for job in level])
     parts = [part for part in split(ctx.calibration) if part is not None]
     done: list[Refit] = []
@@ -176,13 +150,13 @@ class _Both:
         joined = join(masked, reference)
         return cls(masked, {name: value.name or "" for name, value in joined.items()})
 
-    def request(self, job: _Job) -> CrossMomentsRequest:
+    def request(self, job: Job) -> CrossMomentsRequest:
         """The statistics a job needs, in terms of ``model``."""
         request = job.request()
         terms = tuple((self.names.get(name, name), sign) for name, sign in request.target)
         return dataclasses.replace(request, target=terms)
 
-    def wanted(self, level: Sequence[_Job]) -> tuple[str, ...]:
+    def wanted(self, level: Sequence[Job]) -> tuple[str, ...]:
         """The values that the statistics of a level are taken of."""
         requests = [self.request(job) for job in level]
         names = [n for r in requests for n in (r.value, *(name for name, _ in r.target))]
@@ -250,7 +224,7 @@ class _Streams:
             found.append(stream.collect(measured, requests, text))
         return found
 
-    def collect_clipped(self, both: _Both, job: _Job, text: str) -> list[CrossMomentsResult]:
+    def collect_clipped(self, both: _Both, job: Job, text: str) -> list[CrossMomentsResult]:
         """Statistics of a job of the current stage with the target that its activation allows."""
         request = both.request(job)
         (total, _), *shortcut = request.target
@@ -269,159 +243,5 @@ class _Streams:
             changed = dataclasses.replace(request, target=((name, 1.0), *shortcut))
             found.append(stream.collect(measured, [changed], text)[changed])
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    weight: Array
-    bias: Array
-    refit: Refit
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One layer to refit.
-
-    Attributes:
-        consumer: The layer.
-        data: Name of its (masked) data input in the masked model.
-        target: What to fit to.
-        inputs: Which input channels stay, [C].
-        outputs: Which outputs stay, [O].
-        bounds: What the activation that follows clips to; None where none follows.
-    """
-
-    consumer: Consumer
-    data: str
-    target: tuple[tuple[str, float], ...]
-    inputs: npt.NDArray[np.bool_]
-    outputs: npt.NDArray[np.bool_]
-    bounds: Bounds | None
-
-    def request(self) -> CrossMomentsRequest:
-        """The statistics it needs."""
-        consumer = self.consumer
-        return CrossMomentsRequest(
-            self.data,
-            consumer.unfold,
-            self.target,
-            consumer.target_axis,
-            row_limit(consumer.width),
-        )
-
-    def solve(self, model: ir.Model, results: Sequence[CrossMomentsResult], ridge: float) -> _Fit:
-        """New weights from the moments on the fitting samples and, if any, the held-out ones."""
-        consumer = self.consumer
-        weight, bias = consumer.matrix(model), consumer.bias_vector(model)
-        share = consumer.outputs // consumer.groups
-        channels = len(self.inputs) // consumer.groups
-        ridges: list[float | None] = []
-        for g in range(consumer.groups):
-            rows = np.flatnonzero(self.outputs[g * share : (g + 1) * share])
-            here = np.flatnonzero(self.inputs[g * channels : (g + 1) * channels])
-            columns = consumer.columns(here)
-            if len(rows) == 0 or len(columns) == 0:
-                ridges.append(None)
-                continue
-            parts = [_moments(r, g, rows + g * share).select(columns) for r in results]
-            if consumer.bias is None:
-                parts = [p.uncentred() for p in parts]
-            prior = weight[g][np.ix_(rows, columns)]
-            chosen = _choose(parts, prior, bias[rows + g * share], ridge)
-            ridges.append(chosen)
-            if chosen is None:
-                continue
-            whole = parts[0] if len(parts) == 1 else parts[0].merge(parts[1])
-            fitted = prior
-            if np.isfinite(chosen):
-                fitted = regress(whole, prior, chosen)[0]
-                weight[g][np.ix_(rows, columns)] = fitted
-            if consumer.bias is not None:
-                bias[rows + g * share] = whole.mean_y - fitted @ whole.mean_x
-        used = int(np.count_nonzero(self.inputs)) // consumer.groups * consumer.taps
-        rows_seen = sum(r.count for r in results)
-        return _Fit(weight, bias, Refit(consumer, tuple(ridges), rows_seen / max(used, 1)))
-
-
-def _choose(parts: Sequence[Moments], prior: Array, bias: Array, ridge: float) -> float | None:
-    """The ridge that serves the held-out part best.
-
-    Infinite stands for the old weights with a new bias, None for no change at all.
-    """
-    if len(parts) == 1:
-        return ridge or _FALLBACK_RIDGE
-    fit, held_out = parts
-    candidates = (ridge,) if ridge else RIDGES
-    chosen, fitted = choose_ridge(fit, held_out, prior, candidates)
-    shifted = fit.mean_y - prior @ fit.mean_x
-    old, moved = (float(residual_energy(held_out, prior, b).sum()) for b in (bias, shifted))
-    energies: list[tuple[float, float | None]] = [(fitted, chosen), (moved, np.inf), (old, None)]
-    return min(energies, key=lambda e: e[0])[1]
-
-
-def _moments(result: CrossMomentsResult, group: int, rows: Indices) -> Moments:
-    share = result.cross.shape[2]
-    return Moments(
-        count=result.count,
-        mean_x=result.mean_x[group],
-        mean_y=result.mean_y[rows],
-        covariance=result.covariance[group],
-        cross=result.cross[group][:, rows - group * share],
-    )
-
-
-def _jobs(
-    model: ir.Model,
-    masked: ir.Model,
-    coupling: Coupling,
-    kept: npt.NDArray[np.bool_],
-    layers: Layers,
-    everything: bool,
-) -> tuple[list[list[_Job]], dict[str, str]]:
-    """The layers to refit, in levels that do not depend on one another, and those that cannot be.
-
-    A layer is refitted if it lost inputs, or if the shortcut that its output is added to changed;
-    with ``everything``, also if only the values of its inputs changed.
-    """
-    consumers = {n: c for n, c in layers.consumers.items() if c.obstacle is None}
-    names = [n.name or "" for n in masked.graph if n.name in consumers]
-    order = {name: i for i, name in enumerate(names)}
-    flow = trace(masked, {n.name or "" for n in model.graph}, order)
-    nodes = {n.name or "": n for n in masked.graph}
-    levels: list[list[_Job]] = []
-    level_of: dict[int, int] = {}
-    for index, name in enumerate(names):
-        consumer, data = consumers[name], nodes[name].inputs[0]
-        target = residual_target(nodes[name], consumer.output, flow, index)
-        axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
-        channels = consumer.width // consumer.taps * consumer.groups
-        inputs = staying(coupling, kept, consumer.data, axis, channels)
-        lost = not inputs.all() or target.shortcut is not None
-        if data is None or not (lost or (everything and data in flow.touched)):
-            continue
-        upstream = flow.jobs.get(data, 0)
-        if target.shortcut is not None:
-            upstream |= flow.jobs.get(target.shortcut, 0)
-        level = 1 + max((depth for j, depth in level_of.items() if upstream >> j & 1), default=-1)
-        level_of[index] = level
-        if level == len(levels):
-            levels.append([])
-        levels[level].append(
-            _Job(
-                consumer,
-                data.name or "",
-                target.terms,
-                inputs,
-                staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs),
-                bounds_of(target.result),
-            )
-        )
-    contractions = {t.node for t in coupling.macs} - set(names)
-    untreated = {
-        name: layers.obstacle(name)
-        for name, node in nodes.items()
-        if name in contractions and any(v in flow.touched for v in node.inputs)
-    }
-    return levels, untreated
 
 

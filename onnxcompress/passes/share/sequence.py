@@ -31,7 +31,7 @@ from onnxcompress.numerics.feedback import InputMoments
 from onnxcompress.numerics.least_squares import Moments, choose_ridge, regress, residual_energy
 from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.consumers import Consumer
-from onnxcompress.passes.prune.recover import RIDGES
+from onnxcompress.passes.prune.jobs import RIDGES
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.score import row_limit
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_one

@@ -374,7 +374,13 @@ class _Run:
             notes.append(_BATCH_NOTE)
         if forms:
             changes = [*result.base.embedded, *changes]
-        return PassReport((*static.changes, *changes), tuple(skips.values()), figures, tuple(notes))
+        return PassReport(
+            (*static.changes, *changes),
+            tuple(skips.values()),
+            figures,
+            tuple(notes),
+            static.tables,
+        )
 
 
 def _elements(model: ir.Model) -> int:

@@ -19,6 +19,7 @@ from onnxscript.rewriter.rules import common as rules
 from onnxcompress import model_io
 from onnxcompress.graph.canonical import canonicalize
 from onnxcompress.graph.constants import constant_of, constant_tensor
+from onnxcompress.passes._subexpressions import drop_unused_constants, merge_equal_nodes
 
 # A constant of up to this many elements may be a shape, an axis list or a padding.
 _SHAPE_ELEMENTS = 64
@@ -109,8 +110,9 @@ def rewrite(model: ir.Model, level: Level, *, max_folded_bytes: int) -> None:
             # Equal constants have to be one before equal nodes can be seen.
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             common.DeduplicateInitializersPass(size_limit=_EQUAL_ELEMENTS)(model)
-            common.CommonSubexpressionEliminationPass()(model)
+            merge_equal_nodes(model)
             common.RemoveUnusedNodesPass()(model)
+            drop_unused_constants(model)
             model_io.name_nodes(model)
             if _signature(model) == before:
                 break

@@ -7,7 +7,7 @@ those ``x``,
 
     W', b' = argmin E‖y - W x - b‖² + ρ‖W - W₀‖²
 
-with ``ρ`` chosen on held-out samples, and the codebook then follows ``W'`` in the norm of ``Cov(x)``:
+(only where no other layer of the step lies upstream) with ``ρ`` chosen on held-out samples, and the codebook then follows ``W'`` in the norm of ``Cov(x)``:
 the error ``E‖y - Ŵx - b‖²`` is that of ``W'`` plus ``tr (W' - Ŵ) Cov(x) (W' - Ŵ)ᵀ``.
 
 Source: He et al. 2017, "Channel pruning for accelerating very deep networks" (asymmetric,
@@ -52,11 +52,14 @@ class _Layer:
         weight: Its weight.
         consumer: The layer as the regression sees it.
         request: What to measure.
+        stale: Whether a layer of the same step lies upstream, so that what is measured is not what
+            this layer will see; correcting the same error twice would do harm.
     """
 
     weight: Weight
     consumer: Consumer
     request: CrossMomentsRequest
+    stale: bool
 
 
 def fit_in_steps(
@@ -86,7 +89,7 @@ def fit_in_steps(
     order = [node.name or "" for node in model.graph if node.name in by_node]
     done: dict[str, Fitted] = {}
     for number, names in enumerate(_steps(order, options.steps), start=1):
-        found = {name: _layer(model, by_node[name], layers, order, done) for name in names}
+        found = {name: _layer(model, by_node[name], layers, order, done, names) for name in names}
         text = f"share: fitting codebooks, step {number} of {options.steps}"
         results = [
             dataclasses.replace(ctx, calibration=part).collect(
@@ -121,6 +124,7 @@ def _layer(
     layers: Mapping[str, Consumer],
     order: Sequence[str],
     done: Mapping[str, Fitted],
+    step: Sequence[str],
 ) -> _Layer:
     consumer = layers[weight.name]
     flow = trace(model, {n.name or "" for n in model.graph}, {n: i for i, n in enumerate(order)})
@@ -130,6 +134,10 @@ def _layer(
             flow.touched.update(node.outputs)
     node = next(n for n in model.graph if n.name == consumer.node)
     target = residual_target(node, consumer.output, flow, order.index(consumer.node))
+    upstream = 0 if node.inputs[0] is None else flow.jobs.get(node.inputs[0], 0)
+    if target.shortcut is not None:
+        upstream |= flow.jobs.get(target.shortcut, 0)
+    stale = any(upstream >> order.index(name) & 1 for name in step)
     return _Layer(
         weight,
         consumer,
@@ -140,6 +148,7 @@ def _layer(
             consumer.target_axis,
             row_limit(consumer.width),
         ),
+        stale,
     )
 
 
@@ -156,7 +165,9 @@ def _fit(
     moved, covariances, whole = np.empty_like(prior), [], []
     for g in range(consumer.groups):
         parts = [_moments(result, g) for result in results]
-        moved[g] = _moved(parts, prior[g], old[g * share : (g + 1) * share])
+        moved[g] = prior[g]
+        if not layer.stale:
+            moved[g] = _moved(parts, prior[g], old[g * share : (g + 1) * share])
         total = parts[0] if len(parts) == 1 else parts[0].merge(parts[1])
         covariances.append(total.covariance)
         whole.append(total)
@@ -164,6 +175,9 @@ def _fit(
     inputs = InputMoments.shared(np.stack(covariances), consumer.outputs)
     fitted = fit_one(weight, inputs, options, code_bits(weight, options), rows.astype(np.float32))
     stored = fitted.coded.decoded().astype(np.float64).reshape(prior.shape) * consumer.gain
+    if layer.stale:
+        lost = [(p - s) @ m.mean_x for m, p, s in zip(whole, prior, stored, strict=True)]
+        return dataclasses.replace(fitted, shift=np.concatenate(lost))
     bias = np.concatenate([m.mean_y - w @ m.mean_x for m, w in zip(whole, stored, strict=True)])
     return dataclasses.replace(fitted, shift=bias - old)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,12 +24,15 @@ class Chain:
         weight: The initializer to replace.
         graph: The graph that owns it.
         owner: Name of the pass, which becomes part of all names.
+
+    Attributes:
+        nodes: The nodes so far.
     """
 
     def __init__(self, namer: Namer, weight: ir.Value, graph: ir.Graph, owner: str) -> None:
         self._namer, self._weight, self._graph = namer, weight, graph
         self._stem = f"{weight.name}/{owner}"
-        self._nodes: list[ir.Node] = []
+        self.nodes: list[ir.Node] = []
 
     def constant(self, role: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
         """Add an initializer."""
@@ -43,40 +47,47 @@ class Chain:
         name = self._namer.node(f"{self._stem}_{op_type.lower()}")
         node = ir.node(op_type, inputs, attributes or None, name=name)
         node.outputs[0].name = self._namer.value(f"{name}_out")
-        self._nodes.append(node)
+        self.nodes.append(node)
         return node.outputs[0]
 
-    def bits(self, role: str, bits: Codes) -> ir.Value:
-        """A vector of bits, stored eight to a byte, as int32.
+    def integers(self, value: ir.Value) -> ir.Value:
+        """``value`` as int32."""
+        return self.add("Cast", [value], to=int(ir.DataType.INT32))
 
-        Bit ``i L + l`` is bit ``i`` of byte ``l`` of ``L = ⌈n / 8⌉``, which
-        ``Mod(Div(byte, 2^i), 2)`` takes out.
+    def unpacked(
+        self, role: str, packed: Codes, width: int, shape: tuple[int, ...]
+    ) -> ir.Value:
+        """Codes of ``width`` bits, stored ``m = 8 / width`` to a byte, as int32.
+
+        Code ``i L + l`` is in the bits from ``i width`` on of byte ``l`` of ``L = ⌈n / m⌉``, which
+        ``Mod(Div(byte, 2^(i width)), 2^width)`` takes out.
 
         Args:
-            role: What to call it.
-            bits: 0 or 1, [n].
+            role: What to call them.
+            packed: The bytes, [1, L].
+            width: 1, 2 or 4.
+            shape: Shape of the codes.
         """
-        length = -(-len(bits) // 8)
-        filled = np.concatenate([bits, np.zeros(8 * length - len(bits), np.uint8)])
-        planes = filled.reshape(8, length) << np.arange(8, dtype=np.uint8)[:, None]
-        packed = np.bitwise_or.reduce(planes, axis=0, keepdims=True)
-        value = self.add("Cast", [self.constant(role, packed)], to=int(ir.DataType.INT32))
-        divisors = (1 << np.arange(8, dtype=np.int32))[:, None]
+        m, count = 8 // width, math.prod(shape)
+        divisors = (1 << (width * np.arange(m))).astype(np.int32)[:, None]
+        value = self.integers(self.constant(role, packed))
         value = self.add("Div", [value, self.constant(f"{role}_divisors", divisors)])
-        two = self.constant(f"{role}_base", np.array(2, np.int32))
-        value = self.add("Mod", [value, two])
-        value = self.add("Reshape", [value, self.constant(f"{role}_flat", np.array([-1]))])
-        if len(filled) == len(bits):
-            return value
-        start = self.constant(f"{role}_start", np.array([0]))
-        stop = self.constant(f"{role}_stop", np.array([len(bits)]))
-        return self.add("Slice", [value, start, stop])
+        base = self.constant(f"{role}_base", np.array(1 << width, np.int32))
+        value = self.add("Mod", [value, base])
+        if m * packed.size != count:
+            bounds = [
+                self.constant(f"{role}_{name}", np.array([number]))
+                for name, number in (("flat", -1), ("start", 0), ("stop", count))
+            ]
+            value = self.add("Slice", [self.add("Reshape", [value, bounds[0]]), *bounds[1:]])
+        target = self.constant(f"{role}_shape", np.array(shape, np.int64))
+        return self.add("Reshape", [value, target])
 
     def finish(self, value: ir.Value) -> None:
         """Insert the nodes and let ``value`` stand for the weight, under its name."""
         name = self._weight.name or ""
         value.type, value.shape = self._weight.type, self._weight.shape
-        self._graph.insert_before(self._graph[0], self._nodes)
+        self._graph.insert_before(self._graph[0], self.nodes)
         self._weight.replace_all_uses_with(value)
         self._graph.initializers.pop(name)
         value.name = name

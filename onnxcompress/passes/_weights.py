@@ -18,7 +18,7 @@ from onnxcompress.passes.weight_only.layout import Layout, row_axes
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: typing notes the parameter on what Chosen[...]() makes
 class Chosen(Generic[_T]):
     """Which weights a pass treats, which it does not, and why."""
 
@@ -107,19 +107,28 @@ def _refusal(
     return None
 
 
-def matrix_layout(value: ir.Value) -> Layout | str:
-    """How a weight is a matrix of output channels and what they contract, or why it is none.
+def rows_of(value: ir.Value) -> tuple[int, ...] | str:
+    """The axes of a weight that are output channels, or why it is no weight.
 
-    Uses may disagree about the rows (a table that is an embedding and an output layer): the first
-    one decides.
+    Uses may disagree about them (a table that is an embedding and an output layer): the first one
+    decides.
     """
-    array = constant_of(value)
-    if array is None or not np.isfinite(array).all():
-        return "it holds numbers that are not finite"
+    rank = 0 if value.shape is None else len(value.shape)
     rows: tuple[int, ...] | None = None
     for user, index in value.uses():
-        found = row_axes(user, index, array.ndim)
+        found = row_axes(user, index, rank)
         if found is None:
             return f"{user.op_type} '{user.name}' reads it, which multiplies by no constant weight"
         rows = rows or found
-    return "no node reads it" if rows is None else Layout(array.shape, rows)
+    return "no node reads it" if rows is None else rows
+
+
+def matrix_layout(value: ir.Value) -> Layout | str:
+    """How a stored weight is a matrix of output channels and what they contract, or why not."""
+    rows = rows_of(value)
+    if isinstance(rows, str):
+        return rows
+    array = constant_of(value)
+    if array is None or not np.isfinite(array).all():
+        return "it holds numbers that are not finite"
+    return Layout(array.shape, rows)

@@ -25,6 +25,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.graph.naming import Namer
 from onnxcompress.passes._foldable import Chain
+from onnxcompress.passes._packing import Plane
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage, option
 
 Array = npt.NDArray[np.generic]
@@ -130,8 +131,9 @@ def packed_bytes(array: Array, left: int) -> int:
 def _write(chain: Chain, array: Array) -> None:
     flat = array.reshape(-1)
     mask = (flat != 0).astype(np.uint8)
+    packed = Plane(shift=0, width=1).packed(mask)
     values = np.concatenate([np.zeros(1, flat.dtype), flat[flat != 0]])
-    bits = chain.bits("mask", mask)
+    bits = chain.unpacked("mask", packed, 1, mask.shape)
     axis = chain.constant("axis", np.array(0))
     places = chain.add("Mul", [chain.add("CumSum", [bits, axis]), bits])
     gathered = chain.add("Gather", [chain.constant("values", values), places])

@@ -17,7 +17,7 @@ from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.share import share_pass
 from onnxcompress.passes.share import Assign, Codebook, Merge, Packing, ShareOptions, SharePass
-from onnxcompress.passes.share.packing import bits_for, planes, stored_bytes
+from onnxcompress.passes._packing import bits_for, planes, stored_bytes
 from onnxcompress.runtime import optimized_graph
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import FIXTURES, Fixture, fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +9,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import MomentsRequest
-from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes._inputs import moment_requests
-from onnxcompress.passes.base import Skip
+from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout, rows_of
 from onnxcompress.passes.share.options import ShareOptions
-from onnxcompress.passes.weight_only.layout import Layout, row_axes
+from onnxcompress.passes.weight_only.layout import Layout
 
 Float32 = npt.NDArray[np.float32]
 
@@ -63,12 +60,7 @@ class Weight:
         return matrix if self.scale is None else (matrix - self.zero) * self.scale[:, None]
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which weights, which not and why."""
-
-    weights: tuple[Weight, ...]
-    skips: tuple[Skip, ...]
+Selection = Chosen[Weight]
 
 
 def select(model: ir.Model, options: ShareOptions) -> Selection:
@@ -77,72 +69,24 @@ def select(model: ir.Model, options: ShareOptions) -> Selection:
     Raises:
         UsageError: If a pattern matches no weight.
     """
-    weights: list[Weight] = []
-    skips: list[Skip] = []
-    small: list[int] = []
-    matched: set[str] = set()
-    patterns = (*options.include, *options.exclude)
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or not (
-                tensor.dtype.is_floating_point() or tensor.dtype in _INTEGERS
-            ):
-                continue
-            names = [value.name or "", *(user.name or "" for user, _ in value.uses())]
-            matched.update(p for p in patterns if fnmatch.filter(names, p))
-            if tensor.size < options.min_elements or len(tensor.shape) < 2:
-                small.append(tensor.size)
-                continue
-            found = _refusal(value, options, names) or _weight(value, graph, model)
-            if isinstance(found, Weight):
-                weights.append(found)
-            else:
-                skips.append(Skip(value.name or "", "", found))
-    for pattern in patterns:
-        if pattern not in matched:
-            raise UsageError(
-                f"the pattern '{pattern}' of the pass 'share' matches no weight",
-                hint="Patterns match names of initializers and of the nodes that read them; see "
-                "onnxcompress inspect MODEL.",
-            )
-    if small:
-        skips.append(
-            Skip(
-                f"{len(small)} small tensors",
-                "",
-                f"biases, factors and others of one axis or fewer than min_elements="
-                f"{options.min_elements} elements, {sum(small)} elements in all",
-            )
-        )
-    return Selection(tuple(weights), tuple(skips))
-
-
-def _refusal(value: ir.Value, options: ShareOptions, names: Sequence[str]) -> str | None:
-    if any(fnmatch.filter(names, p) for p in options.exclude):
-        return "excluded by name"
-    if options.include and not any(fnmatch.filter(names, p) for p in options.include):
-        return "not among the names to include"
-    if value.is_graph_output():
-        return "it is an output of the graph"
-    if value.is_graph_input():
-        return "it is an input of the graph, which callers can replace"
-    if value.dtype not in (ir.DataType.FLOAT, *_INTEGERS):
-        return f"its type is {value.dtype}; only FLOAT and 8-bit integers get a codebook"
-    return None
+    return choose_weights(
+        model,
+        lambda value, graph: _weight(value, graph, model),
+        owner="share",
+        include=options.include,
+        exclude=options.exclude,
+        min_elements=options.min_elements,
+        dtypes=(ir.DataType.FLOAT, *_INTEGERS),
+    )
 
 
 def _weight(value: ir.Value, graph: ir.Graph, model: ir.Model) -> Weight | str:
     """The weight of one initializer, or why it is none."""
     if value.dtype in _INTEGERS:
         return _integers(value, graph, model)
-    rows = _rows(value)
-    if isinstance(rows, str):
-        return rows
-    array = constant_of(value)
-    if array is None or not np.isfinite(array).all():
-        return "it holds numbers that are not finite"
-    layout = Layout(array.shape, rows)
+    layout = matrix_layout(value)
+    if isinstance(layout, str):
+        return layout
     return Weight(value, graph, layout, _requests(value, layout, graph, model))
 
 
@@ -155,7 +99,7 @@ def _integers(value: ir.Value, graph: ir.Graph, model: ir.Model) -> Weight | str
     if node.attributes.get_int("block_size", 0):
         return "it is quantized in blocks, which leaves a codebook little to save"
     real = node.outputs[0]
-    rows = _rows(real)
+    rows = rows_of(real)
     if isinstance(rows, str):
         return rows
     array = constant_of(value)
@@ -173,18 +117,6 @@ def _integers(value: ir.Value, graph: ir.Graph, model: ir.Model) -> Weight | str
     per_row = np.broadcast_to(scale.reshape(-1), (layout.row_count,)).astype(np.float32)
     requests = _requests(real, layout, graph, model)
     return Weight(value, graph, layout, requests, per_row, int(zero.reshape(-1)[0]))
-
-
-def _rows(value: ir.Value) -> tuple[int, ...] | str:
-    """The row axes that all uses of a weight agree to take the first one's; or why it is none."""
-    rank = 0 if value.shape is None else len(value.shape)
-    rows: tuple[int, ...] | None = None
-    for user, index in value.uses():
-        found = row_axes(user, index, rank)
-        if found is None:
-            return f"{user.op_type} '{user.name}' reads it, which multiplies by no constant weight"
-        rows = rows or found
-    return "no node reads it" if rows is None else rows
 
 
 def _requests(

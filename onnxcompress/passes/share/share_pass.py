@@ -17,7 +17,7 @@ from onnxcompress.passes.share.duplicates import Merged, merge_duplicates
 from onnxcompress.passes.share.emit import Emitter, stored_size
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_all
 from onnxcompress.passes.share.options import Assign, Codebook, Merge, Packing, ShareOptions
-from onnxcompress.passes.share.packing import NIBBLE_OPSET, bits_for, planes
+from onnxcompress.passes._packing import NIBBLE_OPSET, bits_for, planes
 from onnxcompress.passes.share.sequence import fit_in_steps
 from onnxcompress.passes.share.select import Selection, Weight, select
 from onnxcompress.runtime import optimized_graph

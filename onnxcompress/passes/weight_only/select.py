@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import enum
-import fnmatch
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics.blockwise import balanced
-from onnxcompress.passes.base import Skip
-from onnxcompress.passes.weight_only.layout import Layout, row_axes
+from onnxcompress.passes._weights import Chosen, choose_weights, rows_of
+from onnxcompress.passes.weight_only.layout import Layout
 from onnxcompress.passes.weight_only.options import Format, WeightOnlyOptions
 
 INT4_OPSET = 21
@@ -68,12 +66,7 @@ class Weight:
         return codes * options.bits // 8 + 4 * scales + zeros
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What to quantize, what not and why."""
-
-    weights: tuple[Weight, ...]
-    skips: tuple[Skip, ...]
+Selection = Chosen[Weight]
 
 
 def select(model: ir.Model, options: WeightOnlyOptions) -> Selection:
@@ -82,45 +75,14 @@ def select(model: ir.Model, options: WeightOnlyOptions) -> Selection:
     Raises:
         UsageError: If a pattern matches no weight.
     """
-    weights: list[Weight] = []
-    skips: list[Skip] = []
-    small: list[ir.Value] = []
-    matched: set[str] = set()
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or not tensor.dtype.is_floating_point():
-                continue
-            names = [value.name or "", *(user.name or "" for user, _ in value.uses())]
-            matched.update(
-                p for p in (*options.include, *options.exclude) if fnmatch.filter(names, p)
-            )
-            if tensor.size < options.min_elements or len(tensor.shape) < 2:
-                small.append(value)
-                continue
-            found = _weight(value, graph, model, options, names)
-            if isinstance(found, Weight):
-                weights.append(found)
-            else:
-                skips.append(Skip(value.name or "", "", found))
-    for pattern in (*options.include, *options.exclude):
-        if pattern not in matched:
-            raise UsageError(
-                f"the pattern '{pattern}' of the pass 'weights' matches no weight",
-                hint="Patterns match names of initializers and of the nodes that read them; see "
-                "onnxcompress inspect MODEL.",
-            )
-    if small:
-        elements = sum(value.const_value.size for value in small if value.const_value is not None)
-        skips.append(
-            Skip(
-                f"{len(small)} small tensors",
-                "",
-                f"biases, factors and others of one axis or fewer than min_elements="
-                f"{options.min_elements} elements, {elements} elements in all",
-            )
-        )
-    return Selection(tuple(weights), tuple(skips))
+    return choose_weights(
+        model,
+        lambda value, graph: _weight(value, graph, model, options),
+        owner="weights",
+        include=options.include,
+        exclude=options.exclude,
+        min_elements=options.min_elements,
+    )
 
 
 def needs_newer(weight: Weight, options: WeightOnlyOptions) -> bool:
@@ -131,30 +93,18 @@ def needs_newer(weight: Weight, options: WeightOnlyOptions) -> bool:
 
 
 def _weight(
-    value: ir.Value,
-    graph: ir.Graph,
-    model: ir.Model,
-    options: WeightOnlyOptions,
-    names: list[str],
+    value: ir.Value, graph: ir.Graph, model: ir.Model, options: WeightOnlyOptions
 ) -> Weight | str:
     """The plan for one initializer, or why there is none."""
     tensor = value.const_value
     if tensor is None:
         return "its data are unknown"
-    reason = _refusal(value, options, names)
-    if reason is not None:
-        return reason
-    shape = tuple(int(d) for d in tensor.shape.numpy())
-    rows: tuple[int, ...] | None = None
-    for user, index in value.uses():
-        found = row_axes(user, index, len(shape))
-        if found is None:
-            return f"{user.op_type} '{user.name}' reads it, which multiplies by no constant weight"
-        rows = rows or found
-    if rows is None:
-        return "no node reads it"
+    rows = rows_of(value)
+    if isinstance(rows, str):
+        return rows
     if not options.embeddings and any(user.op_type == "Gather" for user, _ in value.uses()):
         return "it is an embedding table and embeddings=false"
+    shape = tuple(int(d) for d in tensor.shape.numpy())
     weight = _placed(value, graph, Layout(shape, rows), options)
     if weight.stored_bytes(options) >= tensor.nbytes:
         return (
@@ -168,20 +118,6 @@ def _weight(
     if array is None or not np.isfinite(array).all():
         return "it holds numbers that are not finite"
     return weight
-
-
-def _refusal(value: ir.Value, options: WeightOnlyOptions, names: list[str]) -> str | None:
-    if any(fnmatch.filter(names, p) for p in options.exclude):
-        return "excluded by name"
-    if options.include and not any(fnmatch.filter(names, p) for p in options.include):
-        return "not among the names to include"
-    if value.is_graph_output():
-        return "it is an output of the graph"
-    if value.is_graph_input():
-        return "it is an input of the graph, which callers can replace"
-    if value.dtype != ir.DataType.FLOAT:
-        return f"its type is {value.dtype}; only FLOAT is quantized"
-    return None
 
 
 # --- forms ---------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from onnxcompress.passes.quant.operators import Kind, data_inputs
 from onnxcompress.passes.quant.options import (
     Activations,
     BiasCorrection,
+    Format,
     QuantOptions,
     RangeMethod,
     Scales,
@@ -44,6 +45,7 @@ from onnxcompress.passes.quant.parameters import (
 )
 from onnxcompress.passes.quant.placement import Network, Plan, make_plan
 from onnxcompress.passes.quant.precision import store_half, wide_points
+from onnxcompress.passes.quant.qoperator import write_operators
 from onnxcompress.passes.quant.variants import Kit
 from onnxcompress.runtime import SessionSettings
 from onnxcompress.search.reference import Reference
@@ -109,9 +111,7 @@ class Builder:
             power_of_two=fixed_point,
         )
         self._grid = wide_grid(grid) if options.activations is Activations.INT16 else grid
-        self._weight_grid = weight_grid(
-            reduce_range=target.reduce_range, power_of_two=fixed_point
-        )
+        self._weight_grid = weight_grid(reduce_range=target.reduce_range, power_of_two=fixed_point)
         # Accelerators read the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
         self._integer_moves = target.on_cpu
         self._measured = Measured()
@@ -264,9 +264,21 @@ class Builder:
 
     def model_of(self, built: Built) -> ir.Model:
         """A copy of the float model with everything of ``built`` written into it."""
-        model = self.write(built.plan, built.affines, built.layers).model
+        copy = model_io.clone(self.model)
+        self.finish(copy, built)
+        return copy
+
+    def finish(self, model: ir.Model, built: Built) -> tuple[str, ...]:
+        """Write ``built`` into ``model``, an equal copy of the float model, in the format wanted.
+
+        Returns:
+            Integer nodes that keep Q/DQ pairs although operators on integers were wanted.
+        """
+        self.write_into(model, built.plan, built.affines, built.layers)
         store_half(model, built.halves)
-        return model
+        if self._options.format is Format.QOPERATOR:
+            return write_operators(model, built.plan.nodes)
+        return ()
 
     def part_of(self, built: Built, chosen: frozenset[str]) -> ir.Model:
         """The model with some of the nodes of ``built`` on integers, none for the float model."""

@@ -69,6 +69,7 @@ class Format(enum.Enum):
     """How integer nodes are written."""
 
     QDQ = "qdq"
+    QOPERATOR = "qoperator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +145,9 @@ class QuantOptions(PassOptions):
         True, "take a placement found before for the same model and machine, and keep new ones"
     )
     format: Format = option(
-        Format.QDQ, "qdq: QuantizeLinear and DequantizeLinear around float operators"
+        Format.QDQ,
+        "qdq: QuantizeLinear and DequantizeLinear around float operators; qoperator: operators on "
+        "integers (QLinearConv, QGemm, ...) where there are such",
     )
 
     def validate(self, owner: str) -> None:

@@ -25,9 +25,16 @@ from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
-from onnxcompress.passes.quant.options import Activations, Mode, Objective, QuantOptions, Scales
+from onnxcompress.passes.quant.options import (
+    Activations,
+    Format,
+    Mode,
+    Objective,
+    QuantOptions,
+    Scales,
+)
 from onnxcompress.passes.quant.placement import Network
-from onnxcompress.passes.quant.precision import Precision, store_half
+from onnxcompress.passes.quant.precision import Precision
 from onnxcompress.passes.quant.prepare import prepare
 from onnxcompress.passes.quant.regions import repair
 from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
@@ -67,7 +74,9 @@ class QuantPass:
     """
 
     name: ClassVar[str] = "quant"
-    summary: ClassVar[str] = "Run convolutions, products and LSTM on 8-bit integers (static or dynamic)."
+    summary: ClassVar[str] = (
+        "Run convolutions, products and LSTM on 8-bit integers (static or dynamic)."
+    )
     stage: ClassVar[Stage] = Stage.PRECISION
     needs: ClassVar[frozenset[Statistic]] = frozenset(
         {Statistic.RANGE, Statistic.TAIL, Statistic.HISTOGRAM, Statistic.MEAN, Statistic.MOMENTS}
@@ -278,8 +287,9 @@ class _Run:
         prepare(self._model)
         self._embed(self._model)
         smoothed(self._model, self._conditioned)
-        self._builder.write_into(self._model, built.plan, built.affines, built.layers)
-        store_half(self._model, built.halves)
+        kept = self._builder.finish(self._model, built)
+        if self._options.format is Format.QOPERATOR:
+            self._figures["operators_on_integers"] = len(built.plan.nodes) - len(kept)
         return self._done(mixed)
 
     def _embed(self, model: ir.Model) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
@@ -321,10 +331,7 @@ class _Run:
 
     def _runs_here(self) -> bool:
         """Whether onnxruntime on this machine's CPU shows what the target would do."""
-        return (
-            self._ctx.session.providers == ("CPUExecutionProvider",)
-            and self._ctx.target.on_cpu
-        )
+        return self._ctx.session.providers == ("CPUExecutionProvider",) and self._ctx.target.on_cpu
 
     def _fusible(self, allowed: frozenset[str]) -> frozenset[str]:
         if not self._runs_here():
@@ -423,9 +430,7 @@ class _Run:
             mixed, ratio = fewer
         self._figures["speed_ratio"] = round(ratio, 3)
         if _LOSES <= ratio < _GAINS:
-            self._notes.append(
-                f"{NOT_FASTER} ({ratio:.2f}x the speed of float with one thread)."
-            )
+            self._notes.append(f"{NOT_FASTER} ({ratio:.2f}x the speed of float with one thread).")
         return mixed if ratio >= _LOSES else None
 
     def _speed_ratio(self, mixed: Mixed) -> float:

@@ -15,6 +15,7 @@ import onnxcompress
 from onnxcompress import model_io
 from onnxcompress.calibration.sources import Dataset, DataSource, ImageOptions
 from onnxcompress.context import PassContext
+from onnxcompress.contributions import Contribution, Contributions
 from onnxcompress.errors import (
     DataError,
     ModelError,
@@ -200,7 +201,15 @@ def run_recipe(
         if dry_run:
             runs = _plan(schedule, model, context, clock)
         else:
-            model, runs = _transform(schedule, model, context, data.evaluation, boundary, clock)
+            contributions = None
+            if len(recipe.passes) > 1:
+                with clock.stage("reference"):
+                    contributions = Contributions(
+                        original, data.evaluation, settings, timed=measure, work_dir=work_dir
+                    )
+            model, runs = _transform(
+                schedule, model, context, data.evaluation, boundary, contributions, clock
+            )
             with staging(output) as staged:
                 with clock.stage("save"):
                     model_io.save(model, staged, metadata=_metadata(recipe, original_sha256))
@@ -299,6 +308,7 @@ def _transform(
     context: PassContext,
     evaluation: Dataset,
     boundary: _Boundary,
+    contributions: Contributions | None,
     clock: _Clock,
 ) -> tuple[ir.Model, tuple[PassRun, ...]]:
     """Run the passes one after the other, each on a copy that is kept only when it is sound."""
@@ -311,7 +321,11 @@ def _transform(
             report = step.instance.run(candidate, context)
             _check_sound(candidate, sample, boundary, context)
         model = candidate
-        runs.append(_pass_run(step, report, clock.seconds[name]))
+        after = None
+        if contributions is not None and report.changes:
+            with clock.stage(f"compare after {step.name}"):
+                after = contributions.after(model)
+        runs.append(_pass_run(step, report, clock.seconds[name], after))
     return model, tuple(runs)
 
 
@@ -368,7 +382,9 @@ def _unchanged(runs: Sequence[PassRun], *, dry_run: bool) -> Iterator[str]:
         yield f"Pass {names} changed nothing: see what it skipped, and why, with -v."
 
 
-def _pass_run(step: Step, report: PassReport, seconds: float) -> PassRun:
+def _pass_run(
+    step: Step, report: PassReport, seconds: float, after: Contribution | None = None
+) -> PassRun:
     return PassRun(
         name=step.name,
         stage=step.instance.stage,
@@ -376,6 +392,7 @@ def _pass_run(step: Step, report: PassReport, seconds: float) -> PassRun:
         options=step.instance.options.to_dict(),
         report=report,
         seconds=seconds,
+        after=after,
     )
 
 

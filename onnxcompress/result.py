@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxcompress.contributions import Contribution
 from onnxcompress.passes.base import PassReport, Stage
 from onnxcompress.recipe import Recipe
 from onnxcompress.verification.side_by_side import Verification
@@ -22,6 +23,8 @@ class PassRun:
         options: All its options, with their defaults.
         report: What it changed and skipped (or would, in a dry run).
         seconds: Time it took, with the checks after it.
+        after: The model after it beside the original; None where the pass changed nothing, or where
+            it alone was asked for and the verification shows what it contributed.
     """
 
     name: str
@@ -30,6 +33,7 @@ class PassRun:
     options: Mapping[str, object]
     report: PassReport
     seconds: float
+    after: Contribution | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

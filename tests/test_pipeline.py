@@ -462,3 +462,22 @@ def test_the_output_may_be_a_link_to_itself(model: Path) -> None:
     assert run(model, "gain").written
     assert output.is_file()
     assert not output.is_symlink()
+
+
+def test_what_each_pass_contributed(model: Path) -> None:
+    result = run(model, "gain", "prune", options={"gain": {"factor": "1.01"}}, measure=True)
+    after = {entry.name: entry.after for entry in result.passes}
+    assert after["gain"] is not None
+    assert after["gain"].samples == 32
+    assert after["gain"].sqnr_db is not None
+    assert 20 < after["gain"].sqnr_db < 80
+    assert after["gain"].agreement_ratio is not None
+    assert after["gain"].agreement_ratio > 0.9
+    assert after["gain"].speed_ratio is not None
+    assert after["gain"].macs == 160
+    changed = {entry.name for entry in result.passes if entry.report.changes}
+    assert {name for name, found in after.items() if found is not None} == changed
+
+
+def test_one_pass_needs_no_table_of_contributions(model: Path) -> None:
+    assert all(entry.after is None for entry in run(model, "gain").passes)

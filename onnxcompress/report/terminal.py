@@ -47,6 +47,7 @@ def compression(result: CompressionResult, *, verbose: bool = False) -> Renderab
     return Group(
         *_spaced(
             _passes(result, verbose=verbose),
+            _contributions(result),
             BeforeAfter(result.verification),
             _outputs(result.verification) if verbose else None,
             _measured_on(result.verification, result.calibration),
@@ -274,6 +275,37 @@ def _passes(result: CompressionResult, *, verbose: bool) -> RenderableType:
             Padding(_rows(each, verbose=verbose), (1, 0, 0, 2)) for each in run.report.tables
         ]
     return Group(*blocks)
+
+
+def _contributions(result: CompressionResult) -> RenderableType | None:
+    """The model after each pass, beside the original; None where one pass was asked for."""
+    runs = [(run, run.after) for run in result.passes if run.after is not None]
+    if not runs:
+        return None
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        header_style="bold",
+        title="after each pass, beside the original",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("after")
+    for name in ("weights", "MACs", "SQNR", "agreement", "speed"):
+        table.add_column(name, justify="right")
+    for run, after in runs:
+        table.add_row(
+            run.name,
+            bytes_text(after.weight_bytes),
+            count_text(after.macs),
+            "-" if after.sqnr_db is None else decibel_text(after.sqnr_db),
+            "-" if after.agreement_ratio is None else percent_text(after.agreement_ratio),
+            "-" if after.speed_ratio is None else f"{after.speed_ratio:.2f}×",
+        )
+    samples = runs[-1][1].samples
+    timed = any(after.speed_ratio is not None for _, after in runs)
+    clock = "; speed by the processor time of one thread, batch 1" if timed else ""
+    return Group(table, Text(f"on {plural(samples, 'sample')} of the evaluation data{clock}", _DIM))
 
 
 def _rows(figures: Figures, *, verbose: bool) -> Table:

@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console, RenderableType
 
+from onnxcompress.contributions import Contribution
 from onnxcompress.passes.base import Table
 from onnxcompress.report import console, terminal
 from onnxcompress.verification.compare import Comparison
@@ -138,6 +139,24 @@ def test_tables_of_a_pass_show_their_first_rows_and_count_the_others() -> None:
     assert "node_12" in whole
     assert "more (-v" not in whole
     assert row(terminal.compression(result), "node_1") == "node_1 Conv 31 7"
+
+
+def test_the_model_after_each_pass() -> None:
+    after = Contribution(
+        weight_bytes=1_250_000,
+        parameters=300,
+        macs=1_430_000,
+        samples=32,
+        sqnr_db=36.04,
+        agreement_ratio=None,
+        speed_ratio=1.234,
+    )
+    passes = tuple(replace(entry, after=after) for entry in COMPRESSION.passes)
+    shown = text(terminal.compression(dataclasses.replace(COMPRESSION, passes=passes)))
+    block = shown.split("after each pass, beside the original")[1]
+    for word in ("fold", "quant", "1.25 MB", "1.43 M", "36.0 dB", "1.23×", "on 32 samples"):
+        assert word in block
+    assert "after each pass" not in text(terminal.compression(COMPRESSION))
 
 
 def test_failures_are_told() -> None:

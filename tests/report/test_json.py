@@ -61,6 +61,7 @@ def test_the_names_of_schema_1() -> None:
         "options",
         "report",
         "seconds",
+        "after",
     }
     assert report["passes"][1]["stage"] == "precision"
     assert report["passes"][1]["report"]["figures"]["quantized_ratio"] == 0.87654

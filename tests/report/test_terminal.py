@@ -151,7 +151,7 @@ def test_the_model_after_each_pass() -> None:
         agreement_ratio=None,
         speed_ratio=1.234,
     )
-    passes = tuple(replace(entry, after=after) for entry in COMPRESSION.passes)
+    passes = tuple(dataclasses.replace(entry, after=after) for entry in COMPRESSION.passes)
     shown = text(terminal.compression(dataclasses.replace(COMPRESSION, passes=passes)))
     block = shown.split("after each pass, beside the original")[1]
     for word in ("fold", "quant", "1.25 MB", "1.43 M", "36.0 dB", "1.23×", "on 32 samples"):

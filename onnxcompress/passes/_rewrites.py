@@ -2,7 +2,9 @@
 
 The list of rules is our own. Those that fold BatchNormalization, factors and biases are left out:
 the fold pass does it in float64 and says what it refused. So are those that only turn one operator
-into another (Flatten to Reshape, Gemm to MatMul and Add).
+into another (Flatten to Reshape, Gemm to MatMul and Add), and those for x + 0 and x · 1: they take a
+constant near to 0 for 0, and with it the 1e-12 that keeps a normalization from dividing by 0, and
+without which onnxruntime no longer sees that it is one.
 """
 
 from __future__ import annotations
@@ -28,10 +30,6 @@ _EQUAL_ELEMENTS = 65_536
 _ROUNDS = 8
 
 _RULES = (
-    rules.add_0_rule,
-    rules.sub_0_rule,
-    rules.mul_by_1_rule,
-    rules.div_by_1_rule,
     rules.dropout_inference_rule,
     rules.dropout_zero_rule,
     rules.cast_cast_rule,
@@ -68,6 +66,9 @@ _RULES = (
     rules.remove_optional_bias_from_gemm_rule,
     rules.remove_optional_bias_from_qlinear_conv_rule,
 )
+
+# Operators that pass one operand on where the other is this number, and the places it may stand at.
+_NEUTRAL = {"Add": (0, (0, 1)), "Sub": (0, (1,)), "Mul": (1, (0, 1)), "Div": (1, (1,))}
 
 # Writes Reshape with `allowzero`, an attribute of opset 14.
 _RULES_14 = (*_RULES, rules.materialize_reshape_shape_rule)
@@ -123,13 +124,29 @@ def rewrite(model: ir.Model, level: Level, *, max_folded_bytes: int) -> None:
         raise RewriteError(f"it failed with {type(error).__name__}: {error}") from error
 
 
+def _passed_on(node: ir.Node) -> ir.Value | None:
+    """The input that ``node`` passes on: of Identity, x + 0, x - 0, x · 1 and x / 1, exactly."""
+    if node.domain:
+        return None
+    if node.op_type == "Identity":
+        return node.inputs[0]
+    number, places = _NEUTRAL.get(node.op_type, (0, ()))
+    for place in places:
+        data, constant = node.inputs[1 - place], constant_of(node.inputs[place])
+        if data is None or constant is None or constant.size != 1 or constant != number:
+            continue
+        if constant.ndim == 0 or (data.shape is not None and len(data.shape) >= constant.ndim):
+            return data  # otherwise the constant may add an axis
+    return None
+
+
 def _remove_identities(model: ir.Model) -> None:
-    """Let users of an Identity read its input, where the graph's outputs allow it."""
+    """Let users of what only passes its input on read that, where the graph's outputs allow it."""
     for graph in model.graphs():
         for node in list(graph):
-            if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
+            source, copy = _passed_on(node), node.outputs[0]
+            if source is None:
                 continue
-            source, copy = node.inputs[0], node.outputs[0]
             if copy.is_graph_output():
                 # The value takes the output's place and name, if it is a value of this graph's own.
                 producer = source.producer()

@@ -332,3 +332,36 @@ def test_real_models_become_smaller(zoo: Path, tmp_path: Path, name: str, most: 
     report = SimplifyPass(WITHOUT).run(model, context(tmp_path, data))
     assert report.skips == ()
     assert len(ops(model)) <= most
+
+
+def test_a_constant_near_to_zero_is_not_zero() -> None:
+    # 1e-12 keeps a normalization from dividing by 0, and onnxruntime from overlooking it.
+    model = ir.from_onnx_text("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[2, 4] x) => (float[2, 4] y)
+        <float small = {1e-12}, float zero = {0}, float one = {1}, float[1] unit = {1}>
+        {
+            a = Add (x, small)
+            b = Add (zero, a)
+            c = Mul (b, unit)
+            d = Sub (c, zero)
+            e = Div (d, one)
+            f = Sqrt (e)
+            y = Sub (zero, f)
+        }
+    """)
+    _rewrites.rewrite(model, Level.FULL, max_folded_bytes=1 << 20)
+    assert ops(model) == ["Add", "Sqrt", "Sub"]
+
+
+def test_a_zero_that_adds_an_axis_stays() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[2, 4] x) => (float[1, 2, 4] y)
+        <float[1, 1, 1] zero = {0}>
+        {
+            y = Add (x, zero)
+        }
+    """)
+    _rewrites.rewrite(model, Level.FULL, max_folded_bytes=1 << 20)
+    assert ops(model) == ["Add"]

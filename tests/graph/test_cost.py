@@ -228,3 +228,32 @@ def test_packed_weights_count_like_the_float_ones() -> None:
     cost = cost_of(ir.from_proto(packed), {"i": (2, 5)})
     assert cost.macs == 2 * 5 * 64 * 48
     assert cost.parameters == 100 * 64 + 64 * 48
+
+
+def test_operators_of_onnxruntime_do_not_hide_the_cost_behind_them() -> None:
+    """A stack of them without stored shapes: every one counts as its standard form does."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (float[T, N, 6] x) => (float[A, B, C] y) {
+            a, h, c = com.microsoft.DynamicQuantizeLSTM <hidden_size = 8>
+                (x, w, r, , , , , , s, z, s, z)
+            b = Squeeze(a, one)
+            d = com.microsoft.FastGelu(b)
+            e = com.microsoft.DynamicQuantizeMatMul(d, m, t)
+            y = com.microsoft.MatMulIntegerToFloat(e, n, t, t)
+        }"""
+    )
+    for name, array in {
+        "w": np.zeros((1, 6, 32), np.int8),
+        "r": np.zeros((1, 8, 32), np.int8),
+        "s": np.ones((1, 32), np.float32),
+        "z": np.zeros((1, 32), np.int8),
+        "one": np.array([1]),
+        "m": np.zeros((8, 5), np.int8),
+        "n": np.zeros((5, 3), np.int8),
+        "t": np.ones(1, np.float32),
+    }.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    cost = cost_of(ir.from_proto(model), {"x": (7, 2, 6)})
+    assert cost.macs == 7 * 2 * (32 * (6 + 8) + 8 * 5 + 5 * 3)
+    assert not cost.unknown

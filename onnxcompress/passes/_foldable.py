@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.graph.constants import set_initializer
 from onnxcompress.graph.naming import Namer
+from onnxcompress.passes._packing import digits_per_byte
 
 Array = npt.NDArray[np.generic]
 Codes = npt.NDArray[np.uint8]
@@ -57,23 +58,26 @@ class Chain:
     def unpacked(
         self, role: str, packed: Codes, width: int, shape: tuple[int, ...]
     ) -> ir.Value:
-        """Codes of ``width`` bits, stored ``m = 8 / width`` to a byte, as int32.
+        """Codes of ``width`` bits, see :meth:`digits`."""
+        return self.digits(role, packed, 1 << width, shape)
 
-        Code ``i L + l`` is in the bits from ``i width`` on of byte ``l`` of ``L = ⌈n / m⌉``, which
-        ``Mod(Div(byte, 2^(i width)), 2^width)`` takes out.
+    def digits(self, role: str, packed: Codes, base: int, shape: tuple[int, ...]) -> ir.Value:
+        """Codes below ``base``, stored ``m`` to a byte (:func:`digits_per_byte`), as int32.
+
+        Code ``i L + l`` is digit ``i`` of byte ``l`` of ``L = ⌈n / m⌉``, which ``Mod(Div(byte,
+        base^i), base)`` takes out.
 
         Args:
             role: What to call them.
             packed: The bytes, [1, L].
-            width: 1, 2 or 4.
+            base: 2 to 16.
             shape: Shape of the codes.
         """
-        m, count = 8 // width, math.prod(shape)
-        divisors = (1 << (width * np.arange(m))).astype(np.int32)[:, None]
+        m, count = digits_per_byte(base), math.prod(shape)
+        divisors = (base ** np.arange(m)).astype(np.int32)[:, None]
         value = self.integers(self.constant(role, packed))
         value = self.add("Div", [value, self.constant(f"{role}_divisors", divisors)])
-        base = self.constant(f"{role}_base", np.array(1 << width, np.int32))
-        value = self.add("Mod", [value, base])
+        value = self.add("Mod", [value, self.constant(f"{role}_base", np.array(base, np.int32))])
         if m * packed.size != count:
             bounds = [
                 self.constant(f"{role}_{name}", np.array([number]))

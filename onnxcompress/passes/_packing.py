@@ -35,11 +35,6 @@ class Plane:
     shift: int
     width: int
 
-    @property
-    def per_byte(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.width
-
     def of(self, codes: Codes) -> Codes:
         """Its bits of ``codes``, of the same shape."""
         mask = np.uint8((1 << self.width) - 1)
@@ -47,11 +42,7 @@ class Plane:
 
     def packed(self, codes: Codes) -> Codes:
         """Its bits in bytes, [1, L]."""
-        bits = self.of(codes).ravel()
-        m = self.per_byte
-        filled = np.concatenate([bits, np.zeros(-len(bits) % m, np.uint8)]).reshape(m, -1)
-        shifts = (np.arange(m, dtype=np.uint8) * np.uint8(self.width))[:, None]
-        return np.bitwise_or.reduce(filled << shifts, axis=0, keepdims=True)
+        return packed_digits(self.of(codes), 1 << self.width)
 
 
 def planes(bits: int, *, whole_bytes: bool = False) -> tuple[Plane, ...]:
@@ -68,6 +59,30 @@ def planes(bits: int, *, whole_bytes: bool = False) -> tuple[Plane, ...]:
         if bits & width:
             found.append(Plane(bits % width, width))
     return tuple(found)
+
+
+def digits_per_byte(base: int) -> int:
+    """Codes below ``base`` that fit a byte: the largest ``m`` with ``base^m <= 256``.
+
+    Five codes of three values take a byte, 1.6 bits each.
+    """
+    m = 1
+    while base ** (m + 1) <= 256:
+        m += 1
+    return m
+
+
+def packed_digits(codes: Codes, base: int) -> Codes:
+    """Codes below ``base`` as the digits of bytes, ``byte_l = Σ_i q_{i L + l} base^i``, [1, L].
+
+    Args:
+        codes: Of any shape, taken in order.
+        base: 2 to 256.
+    """
+    flat, m = codes.ravel(), digits_per_byte(base)
+    filled = np.concatenate([flat, np.zeros(-len(flat) % m, np.uint8)]).reshape(m, -1)
+    places = (base ** np.arange(m)).astype(np.uint8)[:, None]
+    return np.asarray((filled * places).sum(axis=0, keepdims=True, dtype=np.uint8))
 
 
 def bits_for(count: int) -> int:

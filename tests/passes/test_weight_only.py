@@ -333,7 +333,7 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits": "6"}, "must be 4 or 8"),
+        ({"bits": "6"}, "must be 8, 4, 2 or 1"),
         ({"format": "matmul_nbits", "block_size": "24"}, "does not go with"),
         ({"format": "matmul_nbits", "block_size": "0"}, "does not go with"),
         ({"block_size": "-1"}, "at least 0"),

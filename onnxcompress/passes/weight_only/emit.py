@@ -8,6 +8,7 @@ With codes ``q``, scales ``s`` and zero points ``z`` (left out on a symmetric gr
     W              ->  (Cast(q) - Cast(z)) * s               depends on constants alone, so that
                                                              onnxruntime computes it at load
                    or  DequantizeLinear(q, s, z)
+                   or  (Cast(digits of bytes) - m) * s         binary and ternary weights
 
 Blocks of a folded weight lie in a tensor [R, B, b], which Reshape, Slice (without the filling) and
 Transpose bring into the form of the weight.
@@ -22,6 +23,10 @@ import onnx_ir as ir
 from onnxcompress.graph.constants import set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics.blockwise import Blocks, pack
+from onnxcompress.numerics.signs import Signs
+from onnxcompress.passes._foldable import Chain
+from onnxcompress.passes._packing import packed_digits
+from onnxcompress.passes.weight_only.layout import Layout
 from onnxcompress.passes.weight_only.options import WeightOnlyOptions
 from onnxcompress.passes.weight_only.select import Form, Weight
 
@@ -40,8 +45,11 @@ class Emitter:
     def __init__(self, model: ir.Model, options: WeightOnlyOptions) -> None:
         self._model, self._options, self._namer = model, options, Namer(model)
 
-    def write(self, weight: Weight, blocks: Blocks) -> None:
+    def write(self, weight: Weight, blocks: Blocks | Signs) -> None:
         """Put the quantized form in the place of ``weight``, whose float data are dropped."""
+        if isinstance(blocks, Signs):
+            self._signs(weight, blocks)
+            return
         match weight.form:
             case Form.MATMUL_NBITS:
                 self._matmul(weight, blocks)
@@ -53,7 +61,7 @@ class Emitter:
                 self._foldable(weight, blocks)
             case Form.DEQUANTIZE:
                 self._dequantize(weight, blocks)
-        weight.graph.initializers.pop(weight.name)
+        weight.graph.initializers.pop(weight.name, None)
 
     # --- kernels of onnxruntime ------------------------------------------------------------------
 
@@ -141,34 +149,32 @@ class Emitter:
             data, shape = blocks.codes, (*blocks.scale.shape, 1)
         codes, zero = self._integers(weight, blocks, data, shape)
         scale = self._constant(weight, "scale", blocks.scale.reshape(shape))
-        chain = _Chain(self, weight)
+        chain = self._chain(weight)
         value = chain.add("Cast", [codes], to=int(ir.DataType.FLOAT))
         if zero is not None:
             offset = chain.add("Cast", [zero], to=int(ir.DataType.FLOAT))
             value = chain.add("Sub", [value, offset])
         value = chain.add("Mul", [value, scale])
         if not whole:
-            value = self._unblocked(chain, weight, blocks, value)
+            value = _unblocked(chain, weight.layout, blocks.codes.shape, value)
         chain.finish(value)
 
-    def _unblocked(
-        self, chain: _Chain, weight: Weight, blocks: Blocks, value: ir.Value
-    ) -> ir.Value:
-        """Bring [R, B, b] into the form of the weight."""
+    def _signs(self, weight: Weight, signs: Signs) -> None:
+        """``(Cast(digits) - m) step``: two or three values, several to a byte."""
         layout = weight.layout
-        rows, count, block = blocks.codes.shape
-        if count * block != layout.columns:
-            flat = self._constant(weight, "flat", np.array([rows, count * block]))
-            bounds = [
-                self._constant(weight, role, np.array([number]))
-                for role, number in (("start", 0), ("stop", layout.columns), ("axis", 1))
-            ]
-            value = chain.add("Slice", [chain.add("Reshape", [value, flat]), *bounds])
-        target = self._constant(weight, "shape", np.array(layout.permuted))
-        value = chain.add("Reshape", [value, target])
-        if layout.back != tuple(range(len(layout.back))):
-            value = chain.add("Transpose", [value], perm=list(layout.back))
-        return value
+        whole = signs.codes.shape[1] == 1
+        codes = layout.tensor(signs.flat()).astype(np.uint8) if whole else signs.codes
+        shape = layout.per_row if whole else (*signs.scale.shape, 1)
+        chain = self._chain(weight)
+        packed = packed_digits(codes, signs.levels)
+        value = chain.digits("codes", packed, signs.levels, codes.shape)
+        value = chain.add("Cast", [value], to=int(ir.DataType.FLOAT))
+        middle = chain.constant("middle", np.array(signs.middle, np.float32))
+        value = chain.add("Sub", [value, middle])
+        value = chain.add("Mul", [value, chain.constant("scale", signs.step.reshape(shape))])
+        if not whole:
+            value = _unblocked(chain, layout, codes.shape, value)
+        chain.finish(value)
 
     def _dequantize(self, weight: Weight, blocks: Blocks) -> None:
         layout = weight.layout
@@ -183,7 +189,7 @@ class Emitter:
         data = layout.tensor(_flat(blocks))
         codes, zero = self._integers(weight, blocks, data, shape, np.ascontiguousarray(zeros))
         scale = self._constant(weight, "scale", np.ascontiguousarray(scales).reshape(shape))
-        chain = _Chain(self, weight)
+        chain = self._chain(weight)
         inputs = [codes, scale] if zero is None else [codes, scale, zero]
         chain.finish(chain.add("DequantizeLinear", inputs, **attributes))
 
@@ -255,31 +261,26 @@ class Emitter:
             name=self._namer.node(f"{node.name}/weights_{role}"),
         )
 
-    def name(self, wanted: str) -> str:
-        """A free name for a node or value."""
-        return self._namer.node(wanted)
+    def _chain(self, weight: Weight) -> Chain:
+        return Chain(self._namer, weight.value, weight.graph, "weights")
 
 
-class _Chain:
-    """Nodes at the start of a graph that compute one weight from constants."""
-
-    def __init__(self, emitter: Emitter, weight: Weight) -> None:
-        self._emitter, self._weight, self._nodes = emitter, weight, list[ir.Node]()
-
-    def add(self, op_type: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
-        """Append a node and return its output."""
-        base = f"{self._weight.name}/weights_{op_type.lower()}"
-        node = ir.node(op_type, inputs, attributes or None, name=self._emitter.name(base))
-        node.outputs[0].name = self._emitter.name(f"{base}_value")
-        self._nodes.append(node)
-        return node.outputs[0]
-
-    def finish(self, value: ir.Value) -> None:
-        """Insert the nodes and let ``value`` stand for the weight."""
-        weight = self._weight
-        value.type, value.shape = weight.value.type, weight.value.shape
-        weight.graph.insert_before(weight.graph[0], self._nodes)
-        weight.value.replace_all_uses_with(value)
+def _unblocked(
+    chain: Chain, layout: Layout, shape: tuple[int, ...], value: ir.Value
+) -> ir.Value:
+    """Bring [R, B, b] = ``shape`` into the form of the weight."""
+    rows, count, block = shape
+    if count * block != layout.columns:
+        flat = chain.constant("flat", np.array([rows, count * block]))
+        bounds = [
+            chain.constant(role, np.array([number]))
+            for role, number in (("start", 0), ("stop", layout.columns), ("axis", 1))
+        ]
+        value = chain.add("Slice", [chain.add("Reshape", [value, flat]), *bounds])
+    value = chain.add("Reshape", [value, chain.constant("shape", np.array(layout.permuted))])
+    if layout.back != tuple(range(len(layout.back))):
+        value = chain.add("Transpose", [value], perm=list(layout.back))
+    return value
 
 
 def _flat(blocks: Blocks) -> npt.NDArray[np.uint8]:

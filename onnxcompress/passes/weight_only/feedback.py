@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,17 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import MomentsRequest, Statistics
 from onnxcompress.context import PassContext
+from onnxcompress.numerics import signs
 from onnxcompress.numerics.blockwise import Blocks, with_feedback
+from onnxcompress.numerics.signs import Signs
 from onnxcompress.passes._inputs import moment_requests
 from onnxcompress.passes.weight_only.select import Weight
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+Stored: TypeAlias = Blocks | Signs
+"""A weight as it is stored."""
 
 _BATCH_BYTES = 512 * 2**20
 """Second moments collected in one pass over the data."""
@@ -72,13 +78,16 @@ class Feedback:
                 model, wanted, description="measuring the inputs of weights"
             )
 
-    def improve(self, fed: Fed, matrix: Float32, blocks: Blocks) -> Blocks:
+    def improve(self, fed: Fed, matrix: Float32, blocks: Stored) -> Stored:
         """Codes rounded with feedback from the inputs of all uses of a weight."""
         if self._statistics is None or not fed.requests:
             return blocks
         results = [self._statistics[request] for request in fed.requests]
         moments = [r.covariance + r.mean[:, :, None] * r.mean[:, None, :] for r in results]
-        return _by_group(matrix, blocks, np.sum(moments, axis=0))
+        total = np.sum(moments, axis=0)
+        if isinstance(blocks, Signs):
+            return _signs_by_group(matrix, blocks, total)
+        return _by_group(matrix, blocks, total)
 
 
 def _by_group(matrix: Float32, blocks: Blocks, moments: Float64) -> Blocks:
@@ -92,3 +101,15 @@ def _by_group(matrix: Float32, blocks: Blocks, moments: Float64) -> Blocks:
         )
         parts.append(with_feedback(matrix[own], start, moment).codes)
     return Blocks(np.concatenate(parts), blocks.scale, blocks.zero, blocks.bits, blocks.columns)
+
+
+def _signs_by_group(matrix: Float32, start: Signs, moments: Float64) -> Signs:
+    """The same for binary and ternary weights."""
+    rows = len(matrix) // len(moments)
+    return signs.joined(
+        [
+            signs.with_feedback(matrix[own], start.rows(own), moment)
+            for g, moment in enumerate(moments)
+            for own in [slice(g * rows, (g + 1) * rows)]
+        ]
+    )

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from onnxcompress.errors import UsageError
+from onnxcompress.passes._packing import digits_per_byte
 from onnxcompress.passes.base import PassOptions, option
 
 
@@ -32,11 +33,16 @@ _KERNEL_BLOCKS = (16, 32, 64, 128, 256)
 class WeightOnlyOptions(PassOptions):
     """Options of :class:`onnxcompress.passes.weight_only.WeightOnlyPass`."""
 
-    bits: int = option(8, "bits per weight: 8 or 4", minimum=4, maximum=8)
+    bits: int = option(
+        8,
+        "bits per weight: 8, 4, 2 (ternary: -s, 0, s, five to a byte) or 1 (binary: -s, s)",
+        minimum=1,
+        maximum=8,
+    )
     block_size: int | None = option(
         None,
         "weights that share a scale; 0: one scale per output channel. Default: 0 for 8 bits "
-        "(128 for matmul_nbits), 32 for 4 bits",
+        "(128 for matmul_nbits) and below 4, 32 for 4 bits",
         minimum=0,
     )
     symmetric: bool = option(
@@ -77,6 +83,34 @@ class WeightOnlyOptions(PassOptions):
             return 32
         return 128 if self.format is Format.MATMUL_NBITS else 0
 
+    @property
+    def levels(self) -> int | None:
+        """Values of a binary or ternary weight; None for codes of 4 and 8 bits."""
+        return {1: 2, 2: 3}.get(self.bits)
+
+    @property
+    def words(self) -> str:
+        """How the codes are stored, for the report."""
+        return {1: "as one bit", 2: "as -1, 0, 1 in 1.6 bits"}.get(
+            self.bits, f"in {self.bits} bits"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What to expect of two or three values."""
+        name = "Binary" if self.levels == 2 else "Ternary"
+        remedy = ", and try rounding=gptq with calibration data"
+        return (
+            f"{name} weights keep the outputs of few models that were not trained for them: look "
+            f"at the verification{'' if self.rounding is Rounding.GPTQ else remedy}."
+        )
+
+    def stored_code_bytes(self, codes: int) -> int:
+        """Bytes that ``codes`` codes take."""
+        if self.levels is not None:
+            return -(-codes // digits_per_byte(self.levels))
+        return codes * self.bits // 8
+
     def validate(self, owner: str) -> None:
         """Check bounds, and that the block fits the format.
 
@@ -86,8 +120,19 @@ class WeightOnlyOptions(PassOptions):
         # super() without arguments does not work in a dataclass with slots: the class is made
         # twice.
         PassOptions.validate(self, owner)
-        if self.bits not in (4, 8):
-            raise UsageError(f"option {owner}.bits={self.bits} must be 4 or 8")
+        if self.bits not in (1, 2, 4, 8):
+            raise UsageError(f"option {owner}.bits={self.bits} must be 8, 4, 2 or 1")
+        if self.levels is not None and self.format in (Format.MATMUL_NBITS, Format.DEQUANTIZE):
+            raise UsageError(
+                f"option {owner}.bits={self.bits} does not go with "
+                f"{owner}.format={self.format.value}",
+                hint=f"Use {owner}.format=foldable.",
+            )
+        if self.levels is not None and not self.symmetric:
+            raise UsageError(
+                f"option {owner}.bits={self.bits} has no zero point: {owner}.symmetric=false does "
+                "not go with it"
+            )
         if self.format is Format.MATMUL_NBITS and self.block not in _KERNEL_BLOCKS:
             raise UsageError(
                 f"option {owner}.block_size={self.block} does not go with "

@@ -26,6 +26,7 @@ class Form(enum.Enum):
     GATHER_BLOCKS = "GatherBlockQuantized"
     GATHERED_ROWS = "Gather of codes and scales"
     FOLDABLE = "Mul(Cast(codes), scale), folded at load"
+    DIGITS = "digits of bytes, folded at load"
     DEQUANTIZE = "DequantizeLinear"
 
 
@@ -63,7 +64,7 @@ class Weight:
         filled = self.form is Form.MATMUL_NBITS or self.block < self.layout.columns
         codes = scales * self.block if filled else math.prod(self.layout.shape)
         zeros = 0 if options.symmetric else scales * options.bits // 8
-        return codes * options.bits // 8 + 4 * scales + zeros
+        return options.stored_code_bytes(codes) + 4 * scales + zeros
 
 
 Selection = Chosen[Weight]
@@ -112,7 +113,7 @@ def _weight(
             f"{weight.stored_bytes(options)} bytes instead of {tensor.nbytes}"
         )
     opset = model.opset_imports.get("") or 0
-    if opset < 13 and weight.form in (Form.FOLDABLE, Form.DEQUANTIZE):
+    if opset < 13 and weight.form in (Form.FOLDABLE, Form.DIGITS, Form.DEQUANTIZE):
         return f"opset {opset} is older than 13, which the operators around it need"
     array = constant_of(value)
     if array is None or not np.isfinite(array).all():
@@ -127,6 +128,8 @@ def _placed(value: ir.Value, graph: ir.Graph, layout: Layout, options: WeightOnl
     """Choose form and block of a weight that can be quantized."""
     block, wanted = options.block, options.format
     users = [(user, index) for user, index in value.uses()]
+    if options.levels is not None:
+        return Weight(value, graph, layout, Form.DIGITS, balanced(layout.columns, block))
     kernels = wanted is Format.MATMUL_NBITS or (wanted is Format.AUTO and block > 0)
     if kernels and all(_is_plain_product(user, index, layout) for user, index in users):
         return Weight(value, graph, layout, Form.MATMUL_NBITS, _kernel_block(layout, block))

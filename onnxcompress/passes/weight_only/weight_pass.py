@@ -15,10 +15,11 @@ from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.numerics.blockwise import Blocks, fitted
+from onnxcompress.numerics import signs
+from onnxcompress.numerics.blockwise import fitted
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage
 from onnxcompress.passes.weight_only.emit import Emitter
-from onnxcompress.passes.weight_only.feedback import Feedback, batches
+from onnxcompress.passes.weight_only.feedback import Feedback, Stored, batches
 from onnxcompress.passes.weight_only.layout import Float32
 from onnxcompress.passes.weight_only.options import Rounding, WeightOnlyOptions
 from onnxcompress.passes.weight_only.select import (
@@ -32,10 +33,10 @@ from onnxcompress.passes.weight_only.select import (
 
 
 class WeightOnlyPass:
-    """Store weights in 8 or 4 bits and compute in float."""
+    """Store weights in few bits and compute in float."""
 
     name: ClassVar[str] = "weights"
-    summary: ClassVar[str] = "store weights in 8 or 4 bits, compute in float"
+    summary: ClassVar[str] = "store weights in 8, 4, 2 or 1 bits, compute in float"
     stage: ClassVar[Stage] = Stage.PRECISION
     options_type: ClassVar[type[PassOptions]] = WeightOnlyOptions
     needs: frozenset[Statistic] = frozenset()
@@ -55,7 +56,7 @@ class WeightOnlyPass:
         """Quantize in place; without calibration one weight at a time is expanded in memory."""
         selection, notes = self._selected(model)
         tally = _Tally()
-        prepared: dict[str, Blocks] = {}
+        prepared: dict[str, Stored] = {}
         if self.options.rounding is Rounding.GPTQ:
             prepared = self._with_feedback(model, selection, ctx, tally)
         emitter = Emitter(model, self.options)
@@ -68,8 +69,10 @@ class WeightOnlyPass:
                 task.advance()
         return self._report(selection, notes, tally.figures(self.options))
 
-    def _fitted(self, weight: Weight, matrix: Float32) -> Blocks:
+    def _fitted(self, weight: Weight, matrix: Float32) -> Stored:
         options = self.options
+        if options.levels is not None:
+            return signs.fitted(matrix, levels=options.levels, block=weight.block)
         return fitted(
             matrix,
             bits=options.bits,
@@ -81,9 +84,9 @@ class WeightOnlyPass:
 
     def _with_feedback(
         self, model: ir.Model, selection: Selection, ctx: PassContext, tally: _Tally
-    ) -> dict[str, Blocks]:
+    ) -> dict[str, Stored]:
         """Codes of the weights whose inputs could be measured, by name."""
-        prepared: dict[str, Blocks] = {}
+        prepared: dict[str, Stored] = {}
         for group in batches(selection.weights, model):
             feedback = Feedback(model, group, ctx)
             for fed in group:
@@ -107,11 +110,13 @@ class WeightOnlyPass:
                 Change(
                     weight.name,
                     "",
-                    f"stored in {options.bits} bits, {scales}, as {weight.form.value} "
+                    f"stored {options.words}, {scales}, as {weight.form.value} "
                     f"({old} to {new} bytes)",
                     old - new,
                 )
             )
+        if options.levels is not None and selection.weights:
+            notes = (*notes, options.warning)
         sizes = {"weight_bytes_before": before, "weight_bytes_after": after}
         return PassReport(tuple(changes), selection.skips, {**sizes, **figures}, notes)
 
@@ -144,7 +149,7 @@ class _Tally:
     noise: float = 0.0
     fed: int = 0
 
-    def add(self, matrix: Float32, blocks: Blocks) -> None:
+    def add(self, matrix: Float32, blocks: Stored) -> None:
         """Count the squares of a weight and of its rounding error."""
         self.signal += float(np.square(matrix, dtype=np.float64).sum())
         self.noise += float(np.square(matrix - blocks.dequantized(), dtype=np.float64).sum())

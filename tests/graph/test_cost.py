@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.parser
 import onnx_ir as ir
@@ -243,7 +244,7 @@ def test_operators_of_onnxruntime_do_not_hide_the_cost_behind_them() -> None:
             y = com.microsoft.MatMulIntegerToFloat(e, n, t, t)
         }"""
     )
-    for name, array in {
+    arrays: dict[str, npt.NDArray[np.generic]] = {
         "w": np.zeros((1, 6, 32), np.int8),
         "r": np.zeros((1, 8, 32), np.int8),
         "s": np.ones((1, 32), np.float32),
@@ -252,7 +253,8 @@ def test_operators_of_onnxruntime_do_not_hide_the_cost_behind_them() -> None:
         "m": np.zeros((8, 5), np.int8),
         "n": np.zeros((5, 3), np.int8),
         "t": np.ones(1, np.float32),
-    }.items():
+    }
+    for name, array in arrays.items():
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     cost = cost_of(ir.from_proto(model), {"x": (7, 2, 6)})
     assert cost.macs == 7 * 2 * (32 * (6 + 8) + 8 * 5 + 5 * 3)

@@ -15,6 +15,7 @@ from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stag
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.share.duplicates import Merged, merge_duplicates
 from onnxcompress.passes.share.emit import Emitter, stored_size
+from onnxcompress.passes.share.filters import MergedFilters, merge_filters
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_all
 from onnxcompress.passes.share.options import Assign, Codebook, Merge, Packing, ShareOptions
 from onnxcompress.passes._packing import NIBBLE_OPSET, bits_for, planes
@@ -45,16 +46,25 @@ class SharePass:
         """Say which constants would be merged and which weights would get a codebook."""
         del ctx
         copy = model.clone()
+        filters = self._filters(copy)
         merged = self._merged(copy)
         selection = self._selected(copy)
         changes = tuple(
-            Change(w.name, "", f"would become codes of {self.options.bits} bits ({w.nbytes} bytes)")
+            Change(
+                w.name,
+                "",
+                f"would become codes of {self.options.bits} bits ({w.nbytes} bytes)",
+                w.nbytes - stored_size(w, self.options, code_bits(w, self.options)),
+            )
             for w in selection.weights
         )
-        return PassReport((*merged.changes, *changes), selection.skips)
+        return PassReport(
+            (*filters.changes, *merged.changes, *changes), (*filters.skips, *selection.skips)
+        )
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         """Share in place."""
+        filters = self._filters(model)
         merged = self._merged(model)
         notes = self._raised(model)
         selection = self._selected(model)
@@ -68,9 +78,10 @@ class SharePass:
             emitter.write(one)
         notes += _folded(model, emitter.names, ctx)
         return PassReport(
-            changes=(*merged.changes, *_changes(fitted, self.options)),
-            skips=selection.skips,
+            changes=(*filters.changes, *merged.changes, *_changes(fitted, self.options)),
+            skips=(*filters.skips, *selection.skips),
             figures={
+                **({} if self.options.filters is None else {"filters_merged": filters.count}),
                 "duplicates_merged": len(merged.changes),
                 "duplicate_bytes_saved": merged.saved_bytes,
                 "codebooks": len(fitted),
@@ -99,6 +110,11 @@ class SharePass:
                 layer = layers[one.weight.name]
                 layer.write_bias(model, layer.bias_vector(model) + one.shift * layer.gain)
         return [*done.values(), *found]
+
+    def _filters(self, model: ir.Model) -> MergedFilters:
+        if self.options.filters is None:
+            return MergedFilters((), (), 0)
+        return merge_filters(model, self.options.filters)
 
     def _merged(self, model: ir.Model) -> Merged:
         if self.options.merge is Merge.NONE:

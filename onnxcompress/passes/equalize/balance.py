@@ -76,6 +76,19 @@ def regions_of(model: ir.Model) -> tuple[list[tuple[ir.Node, Region]], list[Skip
     return found, skips
 
 
+def _factors(region: Region) -> FloatArray:
+    """The factors that bring both sides of every channel to the same range, [units]."""
+    made = unit_maxima([a for a in region.sources if a.contracts], region.units)
+    read = unit_maxima([a for a in region.sinks if a.contracts], region.units)
+    return cross_layer_factors(made, read)
+
+
+def largest_spread(model: ir.Model) -> float:
+    """Largest over least factor that a tensor asks for; ``model`` is only read."""
+    found = [_factors(region) for _, region in regions_of(model)[0]]
+    return max((float(f.max() / f.min()) for f in found if f.size), default=1.0)
+
+
 def equalize(model: ir.Model, rounds: int) -> tuple[list[Balanced], list[Skip], int]:
     """Equalize ``model`` in place; its outputs stay the same, to rounding.
 
@@ -94,9 +107,7 @@ def equalize(model: ir.Model, rounds: int) -> tuple[list[Balanced], list[Skip], 
         taken += 1
         largest = 0.0
         for place, (_, region) in enumerate(regions):
-            made = unit_maxima([a for a in region.sources if a.contracts], region.units)
-            read = unit_maxima([a for a in region.sinks if a.contracts], region.units)
-            factors = cross_layer_factors(made, read)
+            factors = _factors(region)
             largest = max(largest, float(np.abs(np.log(factors)).max(initial=0.0)))
             apply_factors(model, region, factors, namer, "equalize")
             totals[place] = totals[place] * factors

@@ -10,9 +10,10 @@ import onnx_ir as ir
 from onnxcompress import model_io
 from onnxcompress.context import PassContext
 from onnxcompress.passes.base import Change, Skip
+from onnxcompress.passes.equalize.balance import equalize, largest_spread
 from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.measure import few_samples
-from onnxcompress.passes.quant.options import QuantOptions, Rounding
+from onnxcompress.passes.quant.options import Equalize, QuantOptions, RangeMethod, Rounding
 from onnxcompress.passes.quant.placement import Network
 from onnxcompress.passes.quant.smoothing import Choice, apply, choose, find_sites
 
@@ -26,6 +27,16 @@ _LEAST_GAIN_DB = 1.0
 """A model is smoothed if its worst output gains this much: on a small vision transformer a gain of
 0.7 dB on calibration samples was none on others, and each Mul costs time."""
 
+_ROUNDS = 20
+"""Most turns through the layers of an equalization."""
+
+_WORTH_A_LOOK = 300.0
+"""Equalization is measured where its factors for one tensor differ this much."""
+
+_LEAST_EQUALIZATION_DB = 3.0
+"""What it must gain with nearest rounding: below, error feedback and corrected biases make up for
+what it gains (see docs/adr/0021-equalize-seldom.md)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioned:
@@ -36,18 +47,26 @@ class Conditioned:
         skips: Products that could not take part.
         tried: Ways compared.
         gain_db: What the worst output gained.
+        equalized_db: What it gained by cross-layer equalization, which comes first; None where the
+            weights stay as they are.
     """
 
     choices: tuple[Choice, ...] = ()
     skips: tuple[Skip, ...] = ()
     tried: int = 0
     gain_db: float = 0.0
+    equalized_db: float | None = None
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether there is anything to carry out."""
+        return bool(self.choices) or self.equalized_db is not None
 
 
 def condition(
     ctx: PassContext, model: ir.Model, options: QuantOptions, chosen: frozenset[str]
 ) -> Conditioned:
-    """Find the smoothing with which the outputs of ``model`` keep most.
+    """Find the equalization and the smoothing with which the outputs of ``model`` keep most.
 
     Args:
         ctx: The job.
@@ -55,6 +74,32 @@ def condition(
         options: How to quantize.
         chosen: Nodes that will run on integers.
     """
+    copy, gained = _equalized(ctx, model, options, chosen)
+    found = _smoothing(ctx, copy, options, chosen)
+    return found if gained is None else replace(found, equalized_db=gained)
+
+
+def _equalized(
+    ctx: PassContext, model: ir.Model, options: QuantOptions, chosen: frozenset[str]
+) -> tuple[ir.Model, float | None]:
+    """The model with equalized weights and what it gains; the model itself where it does not.
+
+    Weights with a scale per channel hardly need it, so it is measured only where channels differ
+    very much, and as cheaply as can be: whole ranges, nearest rounding, a few samples.
+    """
+    if options.equalize is Equalize.OFF or largest_spread(model) < _WORTH_A_LOOK:
+        return model, None
+    copy = model_io.clone(model)
+    equalize(copy, _ROUNDS)
+    few = few_samples(ctx)
+    cheap = replace(options, weights=Rounding.NEAREST, ranges=RangeMethod.MINMAX)
+    gain = _sqnr_db(few, copy, cheap, chosen) - _sqnr_db(few, model, cheap, chosen)
+    return (copy, gain) if gain >= _LEAST_EQUALIZATION_DB else (model, None)
+
+
+def _smoothing(
+    ctx: PassContext, model: ir.Model, options: QuantOptions, chosen: frozenset[str]
+) -> Conditioned:
     if options.smooth == "off":
         return Conditioned()
     network = Network(model, symmetric=ctx.target.symmetric_activations)
@@ -84,7 +129,14 @@ def condition(
 
 def smoothed(model: ir.Model, found: Conditioned) -> tuple[Change, ...]:
     """Carry out ``found`` on the model it was made for, or an equal copy, in place."""
-    return apply(model, found.choices)
+    changes: tuple[Change, ...] = ()
+    if found.equalized_db is not None:
+        balanced, _, _ = equalize(model, _ROUNDS)
+        changes = tuple(
+            Change(b.node, b.op_type, f"balanced with {b.layers - 1} other layers")
+            for b in balanced
+        )
+    return changes + apply(model, found.choices)
 
 
 def _sqnr_db(

@@ -65,6 +65,13 @@ class Scales(enum.Enum):
     POWER_OF_TWO = "power_of_two"
 
 
+class Equalize(enum.Enum):
+    """Whether ranges of weights may be balanced across layers before quantization."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Format(enum.Enum):
     """How integer nodes are written."""
 
@@ -109,6 +116,11 @@ class QuantOptions(PassOptions):
         "auto",
         "move outliers of activations into weights before MatMul and Gemm: auto (where the outputs "
         "gain), off, or the exponent alpha from 0 to 1",
+    )
+    equalize: Equalize = option(
+        Equalize.AUTO,
+        "balance very different channels of weights across layers (auto: where the outputs gain "
+        "clearly), or off",
     )
     embeddings: bool = option(True, "also quantize the tables that Gather looks up, per row")
     scales: Scales = option(

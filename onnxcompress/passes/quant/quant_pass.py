@@ -315,13 +315,15 @@ class _Run:
         """Smooth the float model where the outputs gain, and measure it anew."""
         found = condition(self._statistics, self._work, self._options, chosen)
         self._skips |= {skip.node: skip for skip in found.skips}
-        if not found.choices:
+        if not found.changes_model:
             return
         self._prepared = (*self._prepared, *smoothed(self._work, found))
         self._conditioned = found
         self._builder = Builder(self._work, self._options, self._statistics)
         self._builder.measure(chosen)
         self._mixer = Mixer(self._builder, self._options, self._statistics)
+        if found.equalized_db is not None:
+            self._figures["equalization_gain_db"] = round(found.equalized_db, 1)
         if found.tried:
             self._figures["smoothing_gain_db"] = round(found.gain_db, 1)
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
-from statistics import median
 
 from _judge import Judge, Row, speeds
 
@@ -25,7 +23,8 @@ from onnxcompress import compress, model_io
 from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.interface import input_specs
-from onnxcompress.runtime import SessionSettings, open_session
+from onnxcompress.runtime import SessionSettings
+from onnxcompress.verification.footprint import load_times
 from onnxcompress.verification.gates import Gates
 
 WAYS = (
@@ -94,19 +93,9 @@ def measure(
         return row | {"error": str(error)}
     run = next(run for run in made.passes if run.name == "sparse")
     row["seconds"] = round(run.seconds, 1)
-    row["load"] = round(load_ratio(original, result), 2)
+    loads = load_times((original, result), SessionSettings(threads=1))
+    row["load"] = round(loads[result] / loads[original], 2)
     return judge.evaluate(name, result) | row
-
-
-def load_ratio(original: Path, result: Path) -> float:
-    """Time to open the result / the original, medians of turns."""
-    times: dict[Path, list[float]] = {original: [], result: []}
-    for _ in range(5):
-        for path, taken in times.items():
-            start = time.perf_counter()
-            open_session(path, SessionSettings(threads=1))
-            taken.append(time.perf_counter() - start)
-    return median(times[result]) / median(times[original])
 
 
 def line(row: Row) -> str:

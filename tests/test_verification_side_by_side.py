@@ -17,7 +17,7 @@ from onnxcompress.interface import TensorSpec, input_specs
 from onnxcompress.progress import SilentProgress, Task
 from onnxcompress.runtime import Session, SessionSettings, open_session
 from onnxcompress.verification.compare import compare_outputs, interface_changes
-from onnxcompress.verification.footprint import peak_memory
+from onnxcompress.verification.footprint import load_times, peak_memory
 from onnxcompress.verification.gates import Gates
 from onnxcompress.verification.measure_memory import memory_bytes
 from onnxcompress.verification.metrics import Array
@@ -250,6 +250,27 @@ def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
         assert peak is not None
         peaks.append(peak)
     assert peaks[1] - peaks[0] > 50e6
+
+
+def test_load_times_tell_a_file_that_computes_at_load_from_one_that_does_not(
+    tmp_path: Path,
+) -> None:
+    paths = []
+    for repeats in (1, 60):
+        chain = "".join(f"w{i + 1} = MatMul(w{i}, w{i})\n" for i in range(repeats))
+        model = onnx.parser.parse_model(
+            f"""
+            <ir_version: 8, opset_import: ["" : 17]>
+            m (float[1,300] x) => (float[1,300] y) {{ {chain} y = MatMul(x, w{repeats}) }}
+            """
+        )
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.zeros((300, 300), np.float32), "w0")
+        )
+        paths.append(tmp_path / f"{repeats}.onnx")
+        onnx.save(model, paths[-1])
+    times = load_times(paths, SessionSettings(threads=1))
+    assert times[paths[1]] > times[paths[0]] > 0
 
 
 def test_memory_of_this_process() -> None:

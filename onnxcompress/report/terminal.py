@@ -134,6 +134,10 @@ def _weights(checked: Verification) -> Iterator[Row]:
         )
     if a.peak_memory_bytes is not None and b.peak_memory_bytes is not None:
         yield _memory(a, b)
+    if a.load_ms and b.load_ms:
+        ratio = a.load_ms / b.load_ms
+        change = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× longer"
+        yield "load time", milliseconds_text(a.load_ms), milliseconds_text(b.load_ms), Text(change)
 
 
 def _memory(a: Footprint, b: Footprint) -> Row:

@@ -1,21 +1,26 @@
-"""What a model file weighs: bytes, parameters, MACs, peak memory."""
+"""What a model file weighs: bytes, parameters, MACs, peak memory, load time."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcompress import model_io
 from onnxcompress.graph.cost import cost_of
-from onnxcompress.runtime import SessionSettings
+from onnxcompress.runtime import SessionSettings, open_session
 from onnxcompress.verification.metrics import Array
+
+_LEAST_LOADS, _MOST_LOADS = 2, 9
+_LOAD_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,8 @@ class Footprint:
         opset: Version of the default operator set.
         peak_memory_bytes: What loading and running the model adds to the peak memory of a process;
             None when it was not measured.
+        load_ms: Median time to open the file in onnxruntime, in milliseconds; it depends on the
+            machine's load. None when it was not measured.
     """
 
     raw_bytes: int
@@ -42,10 +49,16 @@ class Footprint:
     nodes: int
     opset: int | None
     peak_memory_bytes: int | None = None
+    load_ms: float | None = None
 
 
 def weigh(
-    path: Path, model: ir.Model, feeds: Mapping[str, Array], *, peak_memory_bytes: int | None = None
+    path: Path,
+    model: ir.Model,
+    feeds: Mapping[str, Array],
+    *,
+    peak_memory_bytes: int | None = None,
+    load_ms: float | None = None,
 ) -> Footprint:
     """Weigh a model file.
 
@@ -54,6 +67,7 @@ def weigh(
         model: The same model, loaded.
         feeds: Inputs of one sample; dynamic axes take their lengths from it.
         peak_memory_bytes: From :func:`peak_memory`.
+        load_ms: From :func:`load_times`.
     """
     sizes = model_io.file_sizes(path)
     cost = cost_of(model, {name: array.shape for name, array in feeds.items()})
@@ -66,7 +80,29 @@ def weigh(
         nodes=sum(1 for _ in model.graph.all_nodes()),
         opset=model.opset_imports.get(""),
         peak_memory_bytes=peak_memory_bytes,
+        load_ms=load_ms,
     )
+
+
+def load_times(paths: Sequence[Path], settings: SessionSettings) -> dict[Path, float]:
+    """Median time to open each file, in milliseconds; the files take turns.
+
+    Opening includes what onnxruntime computes once, such as weights from codes.
+
+    Args:
+        paths: Model files that load.
+        settings: How to open them.
+    """
+    taken: dict[Path, list[float]] = {path: [] for path in paths}
+    stop = time.monotonic() + _LOAD_SECONDS
+    for turn in range(_MOST_LOADS):
+        if turn >= _LEAST_LOADS and time.monotonic() > stop:
+            break
+        for path in paths if turn % 2 == 0 else reversed(paths):
+            start = time.perf_counter()
+            open_session(path, settings)
+            taken[path].append(1000 * (time.perf_counter() - start))
+    return {path: median(times) for path, times in taken.items()}
 
 
 def peak_memory(

@@ -17,7 +17,7 @@ from onnxcompress.output import scratch
 from onnxcompress.progress import Progress, SilentProgress
 from onnxcompress.runtime import Session, SessionSettings, compare_latency, open_session
 from onnxcompress.verification.compare import Comparison, compare_outputs, interface_changes
-from onnxcompress.verification.footprint import Footprint, peak_memory, weigh
+from onnxcompress.verification.footprint import Footprint, load_times, peak_memory, weigh
 from onnxcompress.verification.gates import GateOutcome, Gates, judge
 from onnxcompress.verification.metrics import Array
 
@@ -117,7 +117,7 @@ def verify_models(
         settings: How to run both (providers, threads).
         batch_size: Samples per run while comparing, and the larger batch of the latency.
         latency_threads: Numbers of threads to measure latency with.
-        measure: Whether to measure latency and peak memory.
+        measure: Whether to measure latency, load time and peak memory.
         progress: Where to report progress.
 
     Raises:
@@ -140,9 +140,10 @@ def verify_models(
     del first, second
     runs = measure and after is not None and not comparison.fatal
     memory = _memory((before, after), feeds, settings, progress) if runs else {}
+    loads = load_times((original, result), replace(settings, threads=1)) if runs else {}
     batches = _batches(data, batch_size)
     timings = _time(original, result, batches, settings, latency_threads, progress) if runs else ()
-    weights = _weigh((before, after), feeds, memory, progress)
+    weights = _weigh((before, after), feeds, memory, loads, progress)
     return Verification(
         original=weights[original],
         result=weights.get(result),
@@ -187,7 +188,8 @@ def time_models(
     for size in batch_sizes:
         samples, batch = next(data.counted_batches(size))
         batches[samples] = batch
-    weights = _weigh((before, after), feeds, memory, progress)
+    loads = load_times((original, result), replace(settings, threads=1))
+    weights = _weigh((before, after), feeds, memory, loads, progress)
     return Verification(
         original=weights[original],
         result=weights[result],
@@ -253,14 +255,20 @@ def _weigh(
     sides: Sequence[_Side | None],
     feeds: Mapping[str, Array],
     memory: Mapping[Path, int | None],
+    loads: Mapping[Path, float],
     progress: Progress,
 ) -> dict[Path, Footprint]:
     weights: dict[Path, Footprint] = {}
     with progress.task("measuring sizes", len(sides)) as task:
         for side in sides:
             if side is not None:
-                peak = memory.get(side.path)
-                weights[side.path] = weigh(side.path, side.model, feeds, peak_memory_bytes=peak)
+                weights[side.path] = weigh(
+                    side.path,
+                    side.model,
+                    feeds,
+                    peak_memory_bytes=memory.get(side.path),
+                    load_ms=loads.get(side.path),
+                )
             task.advance()
     return weights
 

@@ -40,6 +40,7 @@ ORIGINAL = Footprint(
     nodes=74,
     opset=13,
     peak_memory_bytes=5_000_000,
+    load_ms=12.0,
 )
 
 RESULT = Footprint(
@@ -51,6 +52,7 @@ RESULT = Footprint(
     nodes=90,
     opset=13,
     peak_memory_bytes=6_000_000,
+    load_ms=18.0,
 )
 
 

@@ -37,6 +37,7 @@ def row(page: RenderableType, name: str) -> str:
         ("parameters", "parameters 269 k 188 k −30 %"),
         ("MACs", "MACs 40.6 M 28.4 M −30 %"),
         ("peak memory", "peak memory 5.00 MB 6.00 MB +20 %"),
+        ("load time", "load time 12.0 ms 18.0 ms 1.50× longer"),
         ("latency, batch 1", "latency, batch 1 820 µs 400 µs 2.05× faster (1.90 to 2.10)"),
         ("latency, batch 8", "latency, batch 8 820 µs 400 µs 1.01× (0.90 to 1.10)"),
         ("top-1", "top-1 91.63 % 91.42 % −0.21 points (95 %: −1.20 to +0.80)"),

@@ -54,6 +54,7 @@ class PassContext:
         *,
         reference: ir.Model | None = None,
         description: str = "calibrating",
+        finite_only: bool = False,
     ) -> Statistics:
         """Run ``model`` over the calibration samples and gather the requested statistics.
 
@@ -78,4 +79,5 @@ class PassContext:
             work_dir=self.work_dir,
             progress=self.progress,
             description=description,
+            finite_only=finite_only,
         )

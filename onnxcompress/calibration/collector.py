@@ -41,6 +41,7 @@ def collect(
     work_dir: Path,
     progress: Progress,
     description: str,
+    finite_only: bool = False,
 ) -> Statistics:
     """Run ``model`` over ``dataset`` and gather the requested statistics.
 
@@ -57,6 +58,8 @@ def collect(
         work_dir: Folder for scratch files.
         progress: Where to report progress, in samples.
         description: What to call the work there.
+        finite_only: Leave results of tensors out that are NaN or infinite on a sample, as masks of
+            attention are; else they are an error.
 
     Raises:
         DataError: If a tensor asked for is NaN or infinite on a sample, or data cannot be read.
@@ -80,7 +83,7 @@ def collect(
         taps = [augmented.tap(request) for request in unique]
         augmented.finish()
         session = open_session(augmented.model, settings, work_dir=work_dir)
-        runner = _Runner(session, augmented, dataset, batch_size, seed)
+        runner = _Runner(session, augmented, dataset, batch_size, seed, finite_only=finite_only)
         try:
             results = _read_until_exact(runner, taps, progress, description)
         except ShapesDifferError:
@@ -92,7 +95,7 @@ def collect(
             if not trust_shapes or not augmented.feeders:
                 raise
             continue
-        return Statistics({r: results[r] for r in unique}, dataset.sample_count)
+        return Statistics({r: results[r] for r in unique if r in results}, dataset.sample_count)
     raise AssertionError  # the second round relies on no declared shape
 
 
@@ -105,6 +108,7 @@ def _read_until_exact(
     for _ in range(MAX_PASSES):
         with progress.task(description, total=runner.sample_count) as task:
             runner.run(taps, slack, task)
+        taps = [tap for tap in taps if tap.request.value not in runner.nonfinite]
         for tap in taps:
             result = tap.finish()
             if result is not None:
@@ -130,6 +134,8 @@ class _Runner:
         dataset: Samples,
         batch_size: int,
         seed: int,
+        *,
+        finite_only: bool,
     ) -> None:
         self._session = session
         self._augmented = augmented
@@ -138,6 +144,8 @@ class _Runner:
         self._batch_size = batch_size
         self._seed = seed
         self._limit: int | None = None
+        self._finite_only = finite_only
+        self.nonfinite: set[str] = set()  # left out from here on
 
     def run(self, taps: Sequence[Tap], slack: float, task: Task) -> None:
         """Run everything once and update the taps."""
@@ -188,8 +196,11 @@ class _Runner:
     def _update(
         self, taps: Sequence[Tap], outputs: Mapping[str, Array], position: int, count: int
     ) -> None:
-        bad = {name for tap in taps if (name := tap.update(outputs, count)) is not None}
-        if bad:
+        going = (tap for tap in taps if tap.request.value not in self.nonfinite)
+        bad = {name for tap in going if (name := tap.update(outputs, count)) is not None}
+        if self._finite_only:
+            self.nonfinite |= bad
+        elif bad:
             name = min(bad, key=self._augmented.tapped_order)
             samples = f"sample {position}"
             if count > 1:

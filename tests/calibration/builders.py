@@ -62,6 +62,7 @@ def gather(
     batch_size: int = 3,
     reference: ir.Model | None = None,
     seed: int = 0,
+    finite_only: bool = False,
 ) -> Statistics:
     """``collect`` with defaults."""
     dataset = data if isinstance(data, Dataset) else open_dataset(data, input_specs(model))
@@ -77,6 +78,7 @@ def gather(
             work_dir=Path(folder),
             progress=SilentProgress(),
             description="testing",
+            finite_only=finite_only,
         )
 
 

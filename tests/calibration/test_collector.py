@@ -43,6 +43,17 @@ def _covariance(rows: FloatArray) -> FloatArray:
     return covariance
 
 
+def test_tensors_that_are_infinite_can_be_left_out() -> None:
+    model = parse("g (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) { y = Log(x) z = Relu(x) }")
+    data: dict[str, Array] = {"x": np.array([[0.5, 1, 2, 3], [0, 1, 2, 3]], np.float32)}
+    wanted: list[Request] = [RangeRequest("y"), MeanRequest("y", 1), RangeRequest("z")]
+    with pytest.raises(DataError, match=r"'y' \(output of Log"):
+        gather(model, wanted, data, batch_size=1)
+    found = gather(model, wanted, data, batch_size=1, finite_only=True)
+    assert list(found) == [RangeRequest("z")]
+    assert found[RangeRequest("z")].maximum == 3
+
+
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_statistic_in_every_operator_set(opset: int) -> None:
     model = parse(

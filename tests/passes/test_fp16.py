@@ -223,6 +223,22 @@ def test_an_activation_that_overflows_keeps_its_nodes_in_float() -> None:
     assert convert(original.clone(), COMPUTE).skips == ()
 
 
+def test_an_infinite_mask_is_no_error_and_stays_in_float() -> None:
+    b = ModelBuilder("masked")
+    x = b.input("x", ["batch", 8])
+    mask = b.op("Log", b.op("Relu", x))
+    y = b.op("Softmax", b.op("Add", b.op("MatMul", x, b.weight(8, 8)), mask))
+    b.output(b.op("MatMul", y, b.weight(8, 4)))
+    model = b.build()
+    model_io.normalize(model)
+    original = model.clone()
+    feeds: dict[str, Array] = {"x": np.array([[-1, 0, 1, 2, 3, 4, 5, 6]], np.float32)}
+    report = convert(model, COMPUTE, calibrated(model, feeds))
+    assert "reaches inf" in {s.op_type: s.reason for s in report.skips}["Add"]
+    assert "MatMul" in {change.op_type for change in report.changes}
+    assert largest_error(run_model(model, feeds), run_model(original, feeds)) < 5e-3
+
+
 def test_islands_share_large_weights_with_the_rest() -> None:
     """The same weight in a half node and in one that overflows is stored once."""
     b = ModelBuilder("shared_island")

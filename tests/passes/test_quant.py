@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -301,3 +302,38 @@ def test_a_weight_that_is_also_an_output_of_the_model_stays_one(tmp_path: Path) 
     _run(model, tmp_path, _options(ranges="minmax"))
     assert interface(model) == before
     assert _sqnr_db(model, reference) > 25
+
+
+MASKED = """
+    [query] q = MatMul(x, w)
+    [row] m = Where(below, zero, nothing)
+    [mask] u = Unsqueeze(m, axes)
+    [scores] s = Add(q, u)
+    [soft] p = Softmax(s)
+    y = MatMul(p, v)
+"""
+
+
+def test_infinite_masks_stay_in_float(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> '
+        f"g (float[N, 8, 64] x) => (float[N, 8, 64] y) {{ {MASKED} }}"
+    )
+    for name, array in {
+        "w": rng.standard_normal((64, 64)).astype(np.float32) / 8,
+        "v": rng.standard_normal((64, 64)).astype(np.float32) / 8,
+        "below": np.arange(64) % 3 > 0,
+        "zero": np.zeros((8, 64), np.float32),
+        "nothing": np.array(-np.inf, np.float32),
+        "axes": np.array([0]),
+    }.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = ir.from_proto(proto)
+    model_io.normalize(model)
+    original = model_io.clone(model)
+    report = _run(model, tmp_path)
+    reasons = {skip.node: skip.reason for skip in report.skips}
+    assert "infinite" in reasons["scores"]
+    assert {"query"} <= {change.node for change in report.changes}
+    assert _sqnr_db(model, original) > 20

@@ -20,6 +20,7 @@ An activation has to stay below half of the range over the calibration data.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,7 +133,8 @@ def _ranges(model: ir.Model, ctx: PassContext) -> dict[str, float]:
     ]
     names += [v.name or "" for v in model.graph.inputs if v.dtype == FLOAT]
     requests = {name: RangeRequest(name) for name in names}
-    found = ctx.collect(model, requests.values(), description="looking for overflow in float16")
+    found = ctx.collect(model, requests.values(), description="looking for overflow in float16", finite_only=True)
     return {
-        name: max(-float(found[r].minimum), float(found[r].maximum)) for name, r in requests.items()
+        name: max(-float(found[r].minimum), float(found[r].maximum)) if r in found else math.inf
+        for name, r in requests.items()
     }

@@ -51,6 +51,8 @@ from onnxcompress.runtime import SessionSettings
 from onnxcompress.search.reference import Reference
 
 
+_ENDLESS = "it meets a tensor with infinite values or NaN, as masks have, which integers cannot hold"
+
 _CLEARLY_DB = 10.0
 """Outputs better than the least SQNR by this need no look at single nodes."""
 
@@ -119,7 +121,11 @@ class Builder:
         self._rounded: dict[str, Layer] = {}
 
     def measure(self, chosen: frozenset[str]) -> None:
-        """Measure what the plan for ``chosen`` and all smaller ones can ask for, in one run."""
+        """Measure what the plan for ``chosen`` and all smaller ones can ask for, in one run.
+
+        Nodes at tensors that are NaN or infinite on a sample are refused by the network from then
+        on: no grid of integers holds them.
+        """
         nodes = [self.network.nodes[name] for name in chosen]
         moving = list(self.network.of_kind(Kind.MOVING))
         points = dict.fromkeys(
@@ -134,11 +140,13 @@ class Builder:
             and self.network.rule(node.name or "").kind is Kind.WEIGHTED
         }
         new = {name: node for name, node in weighted.items() if name not in self._asked}
-        missing = [point for point in points if point not in self._measured.ranges]
+        known = self._measured.ranges.keys() | self._measured.endless
+        missing = [point for point in points if point not in known]
         if missing or new:
             self._asked |= set(new)
             found = measure(self._ctx, self.model, missing, new, self._options)
             self._measured = self._measured.joined(found)
+            self.network.refuse(found.endless, _ENDLESS)
 
     def rough(self, chosen: frozenset[str]) -> tuple[Plan, ir.Model]:
         """The model with scales from ranges and weights rounded to nearest: right for timing."""

@@ -54,11 +54,14 @@ class Measured:
         ranges: Least and greatest value by point, or the quantiles asked for.
         histograms: How often which values occur, by point; empty where ranges need none.
         covariances: Covariance of the unfolded data, [G, D, D], by weighted node.
+        endless: Points that were NaN or infinite on a sample, as masks of attention are: they have
+            no range.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     covariances: Mapping[str, FloatArray] = field(default_factory=dict)
+    endless: frozenset[str] = frozenset()
 
     def joined(self, other: Measured) -> Measured:
         """Both together."""
@@ -66,6 +69,7 @@ class Measured:
             {**self.ranges, **other.ranges},
             {**self.histograms, **other.histograms},
             {**self.covariances, **other.covariances},
+            self.endless | other.endless,
         )
 
 
@@ -98,10 +102,13 @@ def measure(
         model,
         [*extremes.values(), *tails.values(), *moments.values()],
         description="measuring activations",
+        finite_only=True,
     )
     ranges: dict[str, Range] = {}
     histograms: dict[str, Histogram] = {}
     for point, request in extremes.items():
+        if request not in found:
+            continue
         result = found[request]
         if isinstance(result, HistogramResult):
             ranges[point] = (result.minimum, result.maximum)
@@ -109,10 +116,16 @@ def measure(
         elif isinstance(result, RangeResult):
             ranges[point] = (float(result.minimum), float(result.maximum))
     for point, tail_request in tails.items():
+        if tail_request not in found:
+            continue
         tail = found[tail_request]
         ranges[point] = (min(tail.low, 0.0), max(tail.high, 0.0))
+    known = {name: request for name, request in moments.items() if request in found}
     return Measured(
-        ranges, histograms, {name: found[request].covariance for name, request in moments.items()}
+        ranges,
+        histograms,
+        {name: found[request].covariance for name, request in known.items()},
+        frozenset(points) - frozenset(ranges),
     )
 
 

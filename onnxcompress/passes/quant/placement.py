@@ -12,7 +12,7 @@ DequantizeLinear. Points whose scale must be equal (the two ends of a moving nod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -118,6 +118,14 @@ class Network:
         for name, rule in self._rules.items():
             if rule.kind is kind and name not in self.refusals:
                 yield self.nodes[name]
+
+    def refuse(self, points: Collection[str], reason: str) -> None:
+        """Refuse the nodes that read or write one of ``points``."""
+        for name in self._rules:
+            node = self.nodes[name]
+            around = (*data_inputs(node), node.outputs[0], self.result(node))
+            if any(value.name in points for value in around):
+                self.refusals.setdefault(name, reason)
 
     def activation_after(self, node: ir.Node) -> ir.Node | None:
         """The Relu or Clip that is the only reader of ``node``'s output."""

@@ -266,7 +266,9 @@ class _Run:
         if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
             return self._left_in_float("No convolution or matrix product can run on integers.")
         self._builder.measure(allowed)
-        allowed = self._fusible(allowed)
+        for name in allowed & network.refusals.keys():
+            self._reject([name], network.refusals[name])
+        allowed = self._fusible(allowed - network.refusals.keys())
         if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
             return self._left_in_float("No convolution or matrix product can run on integers.")
         chosen = self._placed(allowed)

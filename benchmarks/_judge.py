@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnxcompress.calibration.sources import Dataset
+from onnxcompress import model_io
+from onnxcompress.calibration.sources import Dataset, open_dataset
+from onnxcompress.errors import OnnxCompressError
+from onnxcompress.interface import input_specs
 from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.runtime import SessionSettings, compare_latency, open_session
 
 Row = dict[str, object]
+
+_ROOT = Path(__file__).resolve().parents[1]
+"""Where the package is when it is not installed."""
 
 
 class Judge:
@@ -97,3 +105,74 @@ def speeds(
                 found[key] = round(latency.ratio, 3)
                 found[f"{key}_spread"] = [round(latency.ratio_low, 3), round(latency.ratio_high, 3)]
     return found
+
+
+def measure_apart(
+    row: Row,
+    command: Sequence[str],
+    judge: Judge,
+    *,
+    seconds: float,
+    threads: Sequence[int] = (1, 2),
+    timeout_seconds: int = 1800,
+) -> Row:
+    """Let a tool compress a model in a process of its own, then evaluate and time the result.
+
+    Args:
+        row: What the result is of: ``model`` and more.
+        command: The process. It writes the file named by the ``--output`` that is added to it, and
+            prints its own figures as JSON in its last line.
+        judge: The judge.
+        seconds: Time for each measurement of speed.
+        threads: Threads inside one operator.
+        timeout_seconds: When to give up.
+
+    Returns:
+        ``row`` with all figures, or with ``error``.
+    """
+    name = str(row["model"])
+    original = judge.prepare(name)
+    found = dict(row)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.onnx"
+        try:
+            done = subprocess.run(
+                [sys.executable, *command, "--output", str(output)],
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=timeout_seconds,
+                cwd=folder,  # some tools leave files where they run
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *sys.path])},
+            )
+            if done.returncode or not output.exists():
+                lines = [entry for entry in done.stderr.splitlines() if entry.strip()]
+                return found | {"error": (lines[-1] if lines else "no message")[:160]}
+            found |= json.loads(done.stdout.splitlines()[-1])
+            found |= {k: v for k, v in judge.evaluate(name, output).items() if k not in found}
+            if "error" not in found:
+                specs = input_specs(model_io.load(original))
+                data = open_dataset(original.with_suffix(".calib.npz"), specs, limit=8)
+                found |= speeds(original, output, data, seconds=seconds, threads=threads)
+        except subprocess.TimeoutExpired:
+            found["error"] = f"more than {timeout_seconds} s"
+        except OnnxCompressError as error:
+            found["error"] = str(error)
+    return found
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> str:
+    """Rows as a Markdown table: model, tool, the columns, and what went wrong.
+
+    Args:
+        rows: The rows.
+        columns: Title, key and format of each column.
+    """
+    head = ["model", "tool", *(title for title, _, _ in columns), ""]
+    lines = [head, ["---"] * 2 + ["---:"] * len(columns) + ["---"]]
+    for row in rows:
+        values = [(row.get(key), form) for _, key, form in columns]
+        cells = [format(v, form) if isinstance(v, int | float) else "-" for v, form in values]
+        problem = str(row.get("error", "")).replace("|", "/")
+        lines.append([str(row["model"]), str(row["tool"]), *cells, problem])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

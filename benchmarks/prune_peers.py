@@ -21,8 +21,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,18 +32,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from _judge import Judge, Row, speeds
+from _judge import Judge, Row, markdown, measure_apart
 
 from onnxcompress import compress, model_io
 from onnxcompress.calibration.sources import open_dataset
-from onnxcompress.errors import OnnxCompressError
 from onnxcompress.graph.cost import cost_of
 from onnxcompress.interface import input_specs
 from onnxcompress.verification.gates import Gates
 
 Array = npt.NDArray[np.generic]
 
-_TIMEOUT_SECONDS = 1800
 _STEPS = 8
 """Halvings of the interval of pruning ratios."""
 
@@ -255,7 +251,7 @@ def main() -> None:
                 rows += [measure(model, t, keep, prepared, arguments, judge) for t in tools]
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        table = markdown(rows)
+        table = markdown(rows, _COLUMNS)
         if arguments.markdown:
             arguments.markdown.write_text(table, encoding="utf-8")
         print(table)
@@ -279,7 +275,8 @@ def work(arguments: argparse.Namespace, judge: Judge) -> Row:
     )
     started = time.monotonic()
     seconds = tool(task) or time.monotonic() - started
-    return {"seconds": round(seconds, 1)}
+    left = _macs(arguments.output) / max(_macs(arguments.prepared), 1)
+    return {"seconds": round(seconds, 1), "macs_left": round(left, 3)}
 
 
 def measure(
@@ -291,40 +288,13 @@ def measure(
     judge: Judge,
 ) -> Row:
     """One row: prune in a process of its own, then evaluate and time the result."""
-    row: Row = {"model": model, "tool": tool, "keep": keep}
-    original = judge.prepare(model)
-    folder = Path(tempfile.mkdtemp(dir=prepared.parent))
-    output = folder / "result.onnx"
-    command = [sys.executable, str(Path(__file__).resolve()), "--zoo", str(arguments.zoo.resolve())]
+    command = [str(Path(__file__).resolve()), "--zoo", str(arguments.zoo.resolve())]
     command += ["--models-dir", str(judge.folder), "--models", model, "--worker", tool]
     command += ["--samples", str(arguments.samples), "--keep", str(keep)]
-    command += ["--prepared", str(prepared), "--output", str(output)]
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            cwd=folder,  # some tools leave files where they run
-        )
-        if done.returncode or not output.exists():
-            lines = [entry for entry in done.stderr.splitlines() if entry.strip()]
-            row["error"] = (lines[-1] if lines else "no message")[:160]
-        else:
-            row |= json.loads(done.stdout.splitlines()[-1])
-            row["macs_left"] = round(_macs(output) / max(_macs(prepared), 1), 3)
-            row |= {k: v for k, v in judge.evaluate(model, output).items() if k not in row}
-        if "error" not in row:
-            path = original.with_suffix(".calib.npz")
-            data = open_dataset(path, input_specs(model_io.load(original)), limit=8)
-            row |= speeds(original, output, data, seconds=arguments.seconds, threads=(1,))
-    except subprocess.TimeoutExpired:
-        row["error"] = f"more than {_TIMEOUT_SECONDS} s"
-    except OnnxCompressError as error:
-        row["error"] = str(error)
-    shutil.rmtree(folder, ignore_errors=True)
-    print(row, file=sys.stderr, flush=True)
+    command += ["--prepared", str(prepared)]
+    row: Row = {"model": model, "tool": tool, "keep": keep}
+    row = measure_apart(row, command, judge, seconds=arguments.seconds, threads=(1,))
+    print(markdown([row], _COLUMNS).splitlines()[-1], file=sys.stderr, flush=True)
     return row
 
 
@@ -339,18 +309,6 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("b8", "speed_b8_t1", ".2f"),
     ("seconds", "seconds", ".0f"),
 )
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """All rows as a Markdown table."""
-    head = ["model", "tool", *(title for title, _, _ in _COLUMNS), ""]
-    lines = [head, ["---"] * 2 + ["---:"] * len(_COLUMNS) + ["---"]]
-    for row in rows:
-        values = [(row.get(key), form) for _, key, form in _COLUMNS]
-        cells = [format(v, form) if isinstance(v, int | float) else "-" for v, form in values]
-        problem = str(row.get("error", "")).replace("|", "/")
-        lines.append([str(row["model"]), str(row["tool"]), *cells, problem])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 if __name__ == "__main__":

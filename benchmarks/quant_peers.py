@@ -23,8 +23,6 @@ import importlib.util
 import json
 import logging
 import resource
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,17 +34,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from _judge import Judge, Row, speeds
+from _judge import Judge, Row, markdown, measure_apart
 
 from onnxcompress import compress, model_io
 from onnxcompress.calibration.sources import Dataset, open_dataset
-from onnxcompress.errors import OnnxCompressError
 from onnxcompress.interface import input_specs
 from onnxcompress.verification.gates import Gates
 
 Array = npt.NDArray[np.generic]
-
-_TIMEOUT_SECONDS = 1800
 
 
 class Reader:
@@ -252,10 +247,10 @@ def main() -> None:
         tools = [n for n in wanted if importlib.util.find_spec(TOOLS[n][0]) is not None]
         rows: list[Row] = []
         for model in [n for n in arguments.models.split(",") if n] or judge.names():
-            rows += [measure(model, tool, arguments, judge, Path(scratch)) for tool in tools]
+            rows += [measure(model, tool, arguments, judge) for tool in tools]
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        table = markdown(rows)
+        table = markdown(rows, _COLUMNS)
         if arguments.markdown:
             arguments.markdown.write_text(table, encoding="utf-8")
         print(table)
@@ -284,46 +279,17 @@ def work(arguments: argparse.Namespace, judge: Judge, scratch: Path) -> Row:
     return {"seconds": round(seconds, 2), "peak_bytes": peak * 1024}
 
 
-def measure(
-    model: str, tool: str, arguments: argparse.Namespace, judge: Judge, scratch: Path
-) -> Row:
+def measure(model: str, tool: str, arguments: argparse.Namespace, judge: Judge) -> Row:
     """One row: compress in a process of its own, then evaluate and time the result."""
-    row: Row = {"model": model, "tool": tool}
-    original = judge.prepare(model)
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    output = folder / "result.onnx"
-    command = [sys.executable, str(Path(__file__).resolve()), "--zoo", str(arguments.zoo.resolve())]
+    command = [str(Path(__file__).resolve()), "--zoo", str(arguments.zoo.resolve())]
     command += ["--models-dir", str(judge.folder), "--models", model, "--worker", tool]
-    command += ["--samples", str(arguments.samples), "--output", str(output)]
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            cwd=folder,  # some tools leave files where they run
-        )
-        if done.returncode or not output.exists():
-            row["error"] = _last_line(done.stderr)
-        else:
-            row |= json.loads(done.stdout.splitlines()[-1])
-            row |= {k: v for k, v in judge.evaluate(model, output).items() if k not in row}
-        if "error" not in row:
-            _, data = _data(original, arguments.samples)
-            row |= speeds(original, output, data, seconds=arguments.seconds)
-    except subprocess.TimeoutExpired:
-        row["error"] = f"more than {_TIMEOUT_SECONDS} s"
-    except OnnxCompressError as error:
-        row["error"] = str(error)
-    shutil.rmtree(folder, ignore_errors=True)
-    print(line(row), file=sys.stderr, flush=True)
+    command += ["--samples", str(arguments.samples)]
+    row = measure_apart({"model": model, "tool": tool}, command, judge, seconds=arguments.seconds)
+    peak = row.get("peak_bytes")
+    if isinstance(peak, int):
+        row["peak_gb"] = peak / 1e9
+    print(markdown([row], _COLUMNS).splitlines()[-1], file=sys.stderr, flush=True)
     return row
-
-
-def _last_line(text: str) -> str:
-    lines = [entry for entry in text.strip().splitlines() if entry.strip()]
-    return (lines[-1] if lines else "no message")[:160]
 
 
 _COLUMNS: Sequence[tuple[str, str, str]] = (
@@ -339,31 +305,6 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("seconds", "seconds", ".1f"),
     ("peak GB", "peak_gb", ".2f"),
 )
-
-
-def _cells(row: Row) -> list[str]:
-    if "error" in row:
-        return [str(row["error"]).replace("|", "/")] + [""] * (len(_COLUMNS) - 1)
-    peak = row.get("peak_bytes")
-    filled = row | {"peak_gb": peak / 1e9 if isinstance(peak, int) else None}
-    cells = []
-    for _, key, form in _COLUMNS:
-        value = filled.get(key)
-        cells.append(format(value, form) if isinstance(value, int | float) else "-")
-    return cells
-
-
-def line(row: Row) -> str:
-    """One row as text."""
-    return f"{row['model']!s:20s} {row['tool']!s:18s} " + " ".join(_cells(row))
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """All rows as a Markdown table."""
-    head = ["model", "tool", *(title for title, _, _ in _COLUMNS)]
-    lines = [head, ["---"] * 2 + ["---:"] * len(_COLUMNS)]
-    lines += [[str(row["model"]), str(row["tool"]), *_cells(row)] for row in rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 if __name__ == "__main__":

@@ -337,3 +337,11 @@ def test_infinite_masks_stay_in_float(tmp_path: Path) -> None:
     assert "infinite" in reasons["scores"]
     assert {"query"} <= {change.node for change in report.changes}
     assert _sqnr_db(model, original) > 20
+
+
+def test_adaptive_rounding_is_reported_and_keeps_the_outputs(tmp_path: Path) -> None:
+    model = _normalized("conv_chain")
+    reference = model_io.clone(model)
+    report = _run(model, tmp_path, _options(weights="adaptive"))
+    assert sum("weights rounded adaptively" in change.what for change in report.changes) == 3
+    assert _sqnr_db(model, reference) > 25

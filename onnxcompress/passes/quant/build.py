@@ -136,7 +136,7 @@ class Builder:
         weighted = {
             node.name or "": node
             for node in nodes
-            if self._options.weights is Rounding.GPTQ
+            if self._options.weights is not Rounding.NEAREST
             and self.network.rule(node.name or "").kind is Kind.WEIGHTED
         }
         new = {name: node for name, node in weighted.items() if name not in self._asked}
@@ -343,6 +343,7 @@ class Builder:
                 per_channel=self._options.per_channel,
                 covariance=known.get(name),
                 before=self._rounded.get(name),
+                adaptive=self._options.weights is Rounding.ADAPTIVE,
             )
             if made[name].feedback:
                 self._rounded[name] = made[name]

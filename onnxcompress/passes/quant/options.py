@@ -26,6 +26,16 @@ class Rounding(enum.Enum):
 
     NEAREST = "nearest"
     GPTQ = "gptq"
+    ADAPTIVE = "adaptive"
+
+    @property
+    def words(self) -> str:
+        """For a sentence in the report."""
+        return {
+            Rounding.NEAREST: "to nearest",
+            Rounding.GPTQ: "with error feedback",
+            Rounding.ADAPTIVE: "adaptively",
+        }[self]
 
 
 class BiasCorrection(enum.Enum):
@@ -105,7 +115,9 @@ class QuantOptions(PassOptions):
         maximum=99.9999,
     )
     weights: Rounding = option(
-        Rounding.GPTQ, "how weights are rounded: nearest, or gptq (error feedback)"
+        Rounding.GPTQ,
+        "how weights are rounded: nearest, gptq (error feedback), or adaptive (gptq, then single "
+        "weights changed until the output of the layer gains no more)",
     )
     bias_correction: BiasCorrection = option(
         BiasCorrection.AUTO,

@@ -22,6 +22,7 @@ from onnxcompress.numerics.affine import (
     quantize_bias,
     weight_affine,
 )
+from onnxcompress.numerics.descent import descend
 from onnxcompress.numerics.rounding import round_with_feedback
 from onnxcompress.passes.quant.operators import (
     BIAS,
@@ -187,6 +188,7 @@ def make_layer(
     per_channel: bool,
     covariance: FloatArray | None = None,
     before: Layer | None = None,
+    adaptive: bool = False,
 ) -> Layer:
     """Quantize the weight of one node.
 
@@ -198,6 +200,7 @@ def make_layer(
         covariance: Covariance of the unfolded data, [G, D, D]: round with error feedback against
             it. Nearest rounding when None.
         before: What error feedback gave for this node earlier; taken over if the scale is the same.
+        adaptive: Go on from error feedback by coordinate descent.
     """
     weight = np.asarray(constant_of(node.inputs[WEIGHT]), np.float64)
     outputs = output_count(node)
@@ -219,7 +222,10 @@ def make_layer(
     else:
         matrix = weight.T if matrix_axis == 1 else weight.reshape(outputs, -1)
         scale = np.broadcast_to(affine.scale.astype(np.float64), (outputs,))
-        rounded = round_with_feedback(matrix, scale, grid, covariance).astype(grid.dtype)
+        found = round_with_feedback(matrix, scale, grid, covariance)
+        if adaptive:
+            found = descend(matrix, scale, grid, covariance, found)
+        rounded = found.astype(grid.dtype)
         integers, feedback = (
             (rounded.T if matrix_axis == 1 else rounded.reshape(weight.shape)),
             True,

@@ -31,6 +31,7 @@ from onnxcompress.passes.quant.options import (
     Mode,
     Objective,
     QuantOptions,
+    Rounding,
     Scales,
 )
 from onnxcompress.passes.quant.placement import Network
@@ -486,9 +487,8 @@ class _Run:
             layer = built.layers.get(name)
             how = f"runs on {16 if name in self._wide(mixed) else 8}-bit integers"
             if layer is not None:
-                how += ", weights rounded " + (
-                    "with error feedback" if layer.feedback else "to nearest"
-                )
+                fed = self._options.weights.words
+                how += f", weights rounded {fed if layer.feedback else Rounding.NEAREST.words}"
             if self._options.scales is Scales.POWER_OF_TWO:
                 how += self._formats(built, name)
             changes.append(Change(name, network.nodes[name].op_type, how))

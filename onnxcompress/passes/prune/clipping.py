@@ -19,11 +19,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.graph.naming import Namer
-from onnxcompress.passes.prune.consumers import Consumer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,61 +62,12 @@ def bounds_of(value: ir.Value) -> Bounds | None:
 
 
 def clipped_target(
-    model: ir.Model,
-    consumer: Consumer,
-    *,
-    data: ir.Value,
-    original: ir.Value,
-    shortcut: ir.Value | None,
-    bounds: Bounds,
-) -> tuple[ir.Model, str]:
-    """A graph that computes ``t`` from a layer's input, the original's value and the shortcut.
-
-    Args:
-        model: Holds the layer with its current weights, reading a value of the name of ``data``.
-        consumer: The layer.
-        data: Its input, as an input of the new graph.
-        original: ``y₀``, likewise.
-        shortcut: What is added to the layer's output before the activation, likewise, or None.
-        bounds: Of the activation.
-
-    Returns:
-        The graph, and the name of ``t``.
-    """
-    graph = ir.convenience.extract(model.graph, [data.name or ""], [consumer.output])
-    graph.inputs[0].type, graph.inputs[0].shape = data.type, data.shape
-    made = ir.Model(graph, ir_version=model.ir_version)
-    graph.inputs.extend(v for v in (original, shortcut) if v is not None)
-    namer = Namer(made)
-    base = f"{consumer.node}/prune"
-    kind = original.dtype or ir.DataType.FLOAT
-
-    def node(op_type: str, inputs: list[ir.Value], out: ir.DataType = kind) -> ir.Value:
-        name = namer.value(f"{base}_{op_type.lower()}")
-        added = ir.Node("", op_type, inputs, name=name)
-        added.outputs[0].name = f"{name}_output"
-        added.outputs[0].type, added.outputs[0].shape = ir.TensorType(out), original.shape
-        graph.append(added)
-        return added.outputs[0]
-
-    def constant(value: float) -> ir.Value:
-        name = namer.value(f"{base}_bound")
-        tensor = ir.tensor(np.array(value, kind.numpy()), name=name)
-        stored = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape([]))
-        stored.const_value = tensor
-        graph.register_initializer(stored)
-        return stored
-
-    now = graph.outputs[0]
-    if shortcut is not None:
-        now = node("Add", [now, shortcut])
+    original: npt.NDArray[np.floating], now: npt.NDArray[np.floating], bounds: Bounds
+) -> npt.NDArray[np.floating]:
+    """``t`` from ``y₀`` and ``ŷ``, any equal shapes."""
     target = original
-    for bound, beyond, nearest in (
-        (bounds.low, "Less", "Min"),
-        (bounds.high, "Greater", "Max"),
-    ):
-        if math.isfinite(bound):
-            limit = constant(bound)
-            inside = node("Not", [node(beyond, [limit, original], ir.DataType.BOOL)], ir.DataType.BOOL)
-            target = node("Where", [inside, node(nearest, [now, limit]), target])
-    return made, target.name or ""
+    if math.isfinite(bounds.low):
+        target = np.where(original > bounds.low, target, np.minimum(now, bounds.low))
+    if math.isfinite(bounds.high):
+        target = np.where(original < bounds.high, target, np.maximum(now, bounds.high))
+    return target

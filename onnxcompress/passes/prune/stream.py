@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.calibration.checks import Layout
-from onnxcompress.calibration.collector import collect
 from onnxcompress.calibration.dataset import Dataset
-from onnxcompress.calibration.statistics import Request, Statistics
 from onnxcompress.context import PassContext
 from onnxcompress.passes.prune.stages import Stage
 from onnxcompress.passes.prune.store import ActivationStore, Handle
@@ -59,6 +56,11 @@ class Stream:
     def sample_count(self) -> int:
         """Number of samples."""
         return self._data.sample_count
+
+    @property
+    def run_count(self) -> int:
+        """Number of runs, once the first stage is done."""
+        return len(self._batches)
 
     def advance(self, count: int, description: str) -> None:
         """Run until ``count`` stages are done.
@@ -113,50 +115,10 @@ class Stream:
     def _sample(self, name: str) -> Array:
         return self._store.get(self._batches[0].kept[name])
 
-    def inputs(self, names: Sequence[str]) -> list[ir.Value]:
-        """Kept values as inputs of a graph that measures them."""
-        own = {v.name: v for v in self._model.graph.inputs}
-        own |= {v.name: v for node in self._model.graph for v in node.outputs}
-        made = []
-        for name in names:
-            sample = self._sample(name)
-            shape = own[name].shape
-            made.append(
-                ir.Value(
-                    name=name,
-                    type=ir.TensorType(ir.DataType.from_numpy(sample.dtype)),
-                    shape=ir.Shape([None] * sample.ndim if shape is None else list(shape)),
-                )
-            )
-        return made
-
-    def collect(self, model: ir.Model, requests: Iterable[Request], text: str) -> Statistics:
-        """Statistics of a graph that is fed with kept values.
-
-        Raises:
-            DataError: If a value is NaN or infinite.
-        """
-        return collect(
-            model,
-            requests,
-            _Kept(self, [v.name or "" for v in model.graph.inputs]),
-            settings=self._ctx.session,
-            batch_size=self._size,
-            seed=self._ctx.seed,
-            work_dir=self._ctx.work_dir,
-            progress=self._ctx.progress,
-            description=text,
-        )
-
     def feeds(self, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Array]]]:
         """The kept values of each run, with its number of samples."""
         for batch in self._batches:
             yield batch.count, {n: self._store.get(batch.kept[n]) for n in names}
-
-    @property
-    def layout(self) -> Layout:
-        """How samples lie in the kept arrays: in runs that cannot be divided again."""
-        return Layout(group=self._data.layout.group or self._size)
 
     def close(self) -> None:
         """Drop everything that is kept."""
@@ -164,26 +126,3 @@ class Stream:
             for handle in batch.kept.values():
                 self._store.drop(handle)
         self._batches = []
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Some of the values of a stream, as samples."""
-
-    stream: Stream
-    names: Sequence[str]
-
-    @property
-    def sample_count(self) -> int:
-        return self.stream.sample_count
-
-    @property
-    def layout(self) -> Layout:
-        return self.stream.layout
-
-    def counted_batches(self, batch_size: int) -> Iterator[tuple[int, dict[str, Array]]]:
-        del batch_size
-        return self.stream.feeds(self.names)
-
-    def first(self) -> dict[str, Array]:
-        return next(self.stream.feeds(self.names))[1]

@@ -1,0 +1,304 @@
+"""Rows of a layer, drawn from kept activations: what it sees, and what it should answer.
+
+The same rows serve the fit, the choice of its ridge and every later turn towards another target, so
+they are unfolded once and kept as long as they are small enough; else they are unfolded anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcompress.calibration.accumulate import CrossSums
+from onnxcompress.calibration.feeds import RunFeeds
+from onnxcompress.calibration.geometry import ConvGrid, weight_order
+from onnxcompress.calibration.statistics import AxisUnfold, Unfold
+from onnxcompress.errors import DataError, ModelError
+from onnxcompress.passes.prune.stream import Stream
+
+Floating = npt.NDArray[np.floating]
+Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+KEPT_BYTES = 256 << 20
+"""Rows kept between turns."""
+_CHUNK_ROWS = 4096
+"""Rows of one matrix product; sums of so many are exact enough in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Rows of one part of the samples.
+
+    Attributes:
+        fold: Number of the part.
+        x: What the layer sees, [G, k, D], columns tap first.
+        y: The target before an activation and before the shortcut is subtracted, [k, O].
+        shortcut: What is subtracted from it, [k, O]; None where there is nothing.
+    """
+
+    fold: int
+    x: Floating
+    y: Floating
+    shortcut: Floating | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.x.nbytes + self.y.nbytes + (0 if self.shortcut is None else self.shortcut.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Moments of one part of the rows.
+
+    Attributes:
+        own: Of ``x`` with itself.
+        cross: Of ``x`` with the target.
+    """
+
+    own: CrossSums = field(default_factory=CrossSums)
+    cross: CrossSums = field(default_factory=CrossSums)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """Which rows to draw.
+
+    Attributes:
+        data: Name of the value that rows are unfolded from.
+        unfold: What a row is.
+        total: Name of the value that gives the target.
+        axis: Axis of the targets that ``y`` runs along.
+        shortcut: Name of the value to subtract from it; None for nothing.
+        channels: Channels of ``data`` to take, [C]; all must be taken where there are groups.
+        outputs: Outputs to take, [O], likewise.
+        max_rows: About how many rows.
+        folds: Parts the samples are divided into.
+        seed: Of the choice of rows.
+    """
+
+    data: str
+    unfold: Unfold
+    total: str
+    axis: int
+    shortcut: str | None
+    channels: Mask
+    outputs: Mask
+    max_rows: int
+    folds: int
+    seed: int
+
+
+class RowSource:
+    """The rows of a layer.
+
+    Args:
+        stream: Holds the values of the plan.
+        plan: Which rows.
+    """
+
+    def __init__(self, stream: Stream, plan: RowPlan) -> None:
+        self._stream, self._plan = stream, plan
+        self._kept: list[Pairs] | None = None
+        self._whole = True
+
+    def __iter__(self) -> Iterator[Pairs]:
+        """All rows, fold after fold, in chunks of several thousand."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Pairs] = []
+        used = 0
+        for pairs in self._chunks():
+            used += pairs.nbytes
+            if used <= KEPT_BYTES:
+                kept.append(pairs)
+            yield pairs
+        if used <= KEPT_BYTES:
+            self._kept = kept
+
+    def order(self, columns: int) -> Indices:
+        """Where the columns of the weight's order lie in ``x``, [D]."""
+        return weight_order(self._plan.unfold, columns)
+
+    def _chunks(self) -> Iterator[Pairs]:
+        parts: list[Pairs] = []
+        for pairs in self._runs():
+            if parts and (
+                pairs.fold != parts[0].fold or sum(p.x.shape[1] for p in parts) >= _CHUNK_ROWS
+            ):
+                yield _joined(parts)
+                parts = []
+            parts.append(pairs)
+        if parts:
+            yield _joined(parts)
+
+    def _runs(self) -> Iterator[Pairs]:
+        plan = self._plan
+        random = np.random.default_rng(plan.seed)
+        names = [plan.data, plan.total, *([] if plan.shortcut is None else [plan.shortcut])]
+        runs = self._stream.run_count
+        for number, (count, found) in enumerate(self._stream.feeds(list(dict.fromkeys(names)))):
+            feeds = RunFeeds(count, self._stream.sample_count, 1.0, random)
+            pairs = self._drawn(feeds, found, number * plan.folds // runs)
+            for name, array in ((plan.data, pairs.x), (plan.total, pairs.y)):
+                # Sums of finite numbers overflow to infinity only where refitting is pointless too.
+                if not np.isfinite(array.sum(dtype=np.float64)):
+                    raise DataError(
+                        f"tensor '{name}' has NaN or infinite values on calibration samples",
+                        hint="Check the model and the samples: a float model must give finite "
+                        "values.",
+                    )
+            yield pairs
+
+    def _drawn(self, feeds: RunFeeds, found: Mapping[str, npt.NDArray[np.generic]], fold: int) -> Pairs:
+        plan = self._plan
+        y = _axis_last(_floating(found[plan.total]), plan.axis)
+        rows = _chosen(feeds, len(y), plan.max_rows)
+        x = unfolded(_floating(found[plan.data]), plan.unfold, plan.channels, rows, len(y))
+        shortcut = None
+        if plan.shortcut is not None:
+            shortcut = _axis_last(_floating(found[plan.shortcut]), plan.axis)
+            shortcut = _picked(shortcut, rows, plan.outputs)
+        return Pairs(fold, x, _picked(y, rows, plan.outputs), shortcut)
+
+
+def _chosen(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:
+    """This run's share of the rows; None for all."""
+    number = feeds.quota(max_rows)
+    if number >= there:
+        return None
+    bounds = np.arange(number + 1, dtype=np.int64) * there // number
+    steps = feeds.uniform(number) * np.diff(bounds)
+    chosen: Indices = bounds[:-1] + steps.astype(np.int64)
+    return chosen
+
+
+def _picked(y: Floating, rows: Indices | None, outputs: Mask) -> Floating:
+    taken = y if rows is None else y[rows]
+    return taken if outputs.all() else taken[:, outputs]
+
+
+def _floating(array: npt.NDArray[np.generic]) -> Floating:
+    return array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+
+
+def _axis_last(array: Floating, axis: int) -> Floating:
+    return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+
+
+def unfolded(
+    x: Floating, unfold: Unfold, channels: Mask, rows: Indices | None, there: int
+) -> Floating:
+    """Rows of a tensor, columns tap first.
+
+    Args:
+        x: The tensor.
+        unfold: What a row is.
+        channels: Those to take, [C]; all where there are groups.
+        rows: Numbers of the rows; None for all.
+        there: How many rows there must be.
+
+    Returns:
+        [G, k, D].
+
+    Raises:
+        ModelError: If there are more or fewer rows than ``there``.
+    """
+    if isinstance(unfold, AxisUnfold):
+        flat = _axis_last(x, unfold.axis)
+        _check(len(flat), there)
+        return _picked(flat, rows, channels)[np.newaxis]
+    half = len(unfold.pads) // 2
+    pads = [(0, 0), *zip(unfold.pads[:half], unfold.pads[half:], strict=True), (0, 0)]
+    if not channels.all():
+        x = x[:, channels]
+    last = np.moveaxis(x, 1, -1)
+    grid = ConvGrid(
+        unfold, tuple(n + a + b for n, (a, b) in zip(x.shape[2:], pads[1:-1], strict=True))
+    )
+    _check(len(x) * grid.per_sample, there)
+    padded = np.pad(last, pads) if any(unfold.pads) else np.ascontiguousarray(last)
+    flat = padded.reshape(-1, x.shape[1])
+    every = np.arange(there, dtype=np.int64) if rows is None else rows
+    sample, place = np.divmod(every, grid.per_sample)
+    positions = grid.places()[place] + (sample * int(np.prod(grid.padded)))[:, np.newaxis]
+    taken: Floating = flat[positions]  # [k, taps, C]
+    if unfold.groups == 1:
+        return taken.reshape(1, len(every), -1)
+    split = np.moveaxis(taken.reshape(len(every), unfold.taps, unfold.groups, -1), 2, 0)
+    grouped: Floating = split.reshape(unfold.groups, len(every), -1)
+    return grouped
+
+
+def _check(rows: int, there: int) -> None:
+    if rows != there:
+        raise ModelError(
+            f"a layer has {rows} rows of inputs and {there} of outputs",
+            hint="Its output must have one row for each position that it reads.",
+        )
+
+
+def _joined(parts: Sequence[Pairs]) -> Pairs:
+    if len(parts) == 1:
+        return parts[0]
+    shortcuts = [p.shortcut for p in parts if p.shortcut is not None]
+    return Pairs(
+        parts[0].fold,
+        np.concatenate([p.x for p in parts], axis=1),
+        np.concatenate([p.y for p in parts]),
+        np.concatenate(shortcuts) if shortcuts else None,
+    )
+
+
+def gathered(
+    source: RowSource, groups: int, folds: int, *, own: bool, targets: Mapping[int, Floating] | None
+) -> list[Sums]:
+    """Moments of each fold.
+
+    Args:
+        source: The rows.
+        groups: Groups ``G`` of the layer.
+        folds: How many parts the samples are in.
+        own: Whether to sum ``x xᵀ`` too.
+        targets: For chunk ``i``, what to fit to in place of ``y``, [k, O], the shortcut subtracted.
+    """
+    found = [Sums() for _ in range(folds)]
+    for number, pairs in enumerate(source):
+        sums = found[pairs.fold]
+        y = pairs.y if pairs.shortcut is None else pairs.y - pairs.shortcut
+        add(sums, pairs.x, y if targets is None else targets[number], groups, own=own)
+    return found
+
+
+def add(sums: Sums, x: Floating, y: Floating, groups: int, *, own: bool) -> None:
+    """Add rows to the moments of a part.
+
+    Args:
+        sums: The moments.
+        x: [G, k, D].
+        y: [k, O].
+        groups: ``G``.
+        own: Whether to sum ``x xᵀ`` too.
+    """
+    count = x.shape[1]
+    if not count:
+        return
+    shift_x = x.mean(axis=1, dtype=np.float64)
+    shift_y = y.mean(axis=0, dtype=np.float64)
+    centred = x - shift_x[:, np.newaxis].astype(x.dtype)
+    target = (y - shift_y.astype(y.dtype)).reshape(count, groups, -1).swapaxes(0, 1)
+    left_x = shift_x - shift_x.astype(x.dtype)
+    left_y = (shift_y - shift_y.astype(y.dtype)).reshape(groups, -1)
+    across = centred.swapaxes(1, 2)
+    mean_x, mean_y = shift_x - left_x, shift_y.reshape(groups, -1) - left_y
+    if own:
+        products = across @ centred
+        sums.own.update_shifted(count, mean_x, left_x * count, mean_x, left_x * count, products)
+    sums.cross.update_shifted(
+        count, mean_x, left_x * count, mean_y, left_y * count, across @ target
+    )

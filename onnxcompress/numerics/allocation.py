@@ -22,6 +22,10 @@ Cost = Callable[[Mapping[int, int]], float]
 """Fraction of the budget's measure that is left when group ``g`` loses ``counts[g]`` units."""
 
 _ROUNDS = 3
+_EXCHANGES = 400
+"""Exchanges whose cost is looked up."""
+_REACH = 3
+"""Counts that one exchange goes up or down at most."""
 _STEPS = 4
 """A group of fewer aligned steps than this gets a finer alignment."""
 
@@ -78,13 +82,17 @@ def allowed_counts(units: int, step: int, min_kept: float) -> tuple[int, ...]:
     return (0, *(units - k for k in kept if 0 < k < units))
 
 
-def allocate(curves: Sequence[Curve], cost: Cost, kept: float) -> dict[int, int]:
+def allocate(
+    curves: Sequence[Curve], cost: Cost, kept: float, *, exchange: bool = False
+) -> dict[int, int]:
     """Choose one count per group so that ``cost`` is at most ``kept``, at the least summed loss.
 
     Args:
         curves: What there is to remove.
         cost: Fraction left for given removals; 1 for none.
         kept: The budget, as a fraction.
+        exchange: Whether to trade steps of one group for steps of another in the end, as suits
+            curves of few, coarse steps.
 
     Returns:
         Units to remove by group; if the budget cannot be reached, all that may go.
@@ -101,7 +109,8 @@ def allocate(curves: Sequence[Curve], cost: Cost, kept: float) -> dict[int, int]
         if found == plan:
             break
         plan = found
-    return _give_back(curves, cost, kept, plan)
+    plan = _give_back(curves, cost, kept, plan)
+    return _exchange(curves, cost, kept, plan) if exchange else plan
 
 
 def _savings(curves: Sequence[Curve], cost: Cost, plan: Mapping[int, int]) -> dict[int, float]:
@@ -184,3 +193,44 @@ def _give_back(
             current[group] = count
         else:
             blocked.add(group)
+
+
+def _exchange(
+    curves: Sequence[Curve], cost: Cost, kept: float, plan: Mapping[int, int]
+) -> dict[int, int]:
+    """Return units of one group for units of another while that lowers the loss within the budget.
+
+    Where steps are coarse, whole segments in the order of their price can overshoot the budget by
+    far: the last one may be large. An exchange trades it for smaller ones.
+    """
+    current = dict(plan)
+    tries = _EXCHANGES
+    while tries:
+        places = {c.group: c.counts.index(current[c.group]) for c in curves}
+        moves = [
+            (curve.losses[place] - curve.losses[places[curve.group]], curve, place)
+            for curve in curves
+            for place in range(
+                max(places[curve.group] - _REACH, 0),
+                min(places[curve.group] + _REACH + 1, len(curve.counts)),
+            )
+        ]
+        back = [m for m in moves if m[2] < places[m[1].group]]
+        more = [m for m in moves if m[2] > places[m[1].group]]
+        offers = sorted(
+            (
+                (gain + rise, i, j)
+                for i, (gain, returned, _) in enumerate(back)
+                for j, (rise, taken, _) in enumerate(more)
+                if returned.group != taken.group and gain + rise < 0
+            ),
+        )
+        for _, i, j in offers[:tries]:
+            tries -= 1
+            changed = {**current, **{m[1].group: m[1].counts[m[2]] for m in (back[i], more[j])}}
+            if cost(changed) <= kept:
+                current = changed
+                break
+        else:
+            break
+    return current

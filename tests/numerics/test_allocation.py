@@ -123,3 +123,11 @@ def test_hull_is_convex_and_below_all_points(heights: list[float]) -> None:
     slopes = np.diff(y[hull]) / np.diff(x[hull])
     assert np.all(np.diff(slopes) > -1e-9)
     assert np.all(np.interp(x, x[hull], y[hull]) <= y + 1e-9)
+
+
+def test_a_large_last_step_is_exchanged_for_smaller_ones() -> None:
+    """The hull's next segment saves 6, where 2 more are wanted."""
+    small = Curve(0, (0, 1, 2), (0.0, 2.0, 4.0))
+    large = Curve(1, (0, 6), (0.0, 6.0))
+    plan = allocate([small, large], lambda c: 1 - (c[0] + c[1]) / 20, 0.9, exchange=True)
+    assert plan == {0: 2, 1: 0}

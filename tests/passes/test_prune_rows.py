@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
@@ -21,10 +22,12 @@ from onnxcompress.passes.prune.rows import RowPlan, RowSource, Sums, add, gather
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
 from onnxcompress.passes.prune.stream import Stream
-from tests.builder import Array, ModelBuilder
+from tests.builder import ModelBuilder
 from tests.running import context, run_model
 
-CONVS = {
+Floats = npt.NDArray[np.float32]
+
+CONVS: dict[str, tuple[dict[str, int | list[int]], tuple[int, ...]]] = {
     "plain": ({"pads": [1, 1, 1, 1]}, (6, 4, 3, 3)),
     "strided": ({"pads": [0, 1, 2, 0], "strides": [2, 1], "dilations": [1, 2]}, (6, 4, 3, 2)),
     "grouped": ({"pads": [1, 1, 1, 1], "group": 2}, (6, 2, 3, 3)),
@@ -33,14 +36,14 @@ CONVS = {
 }
 
 
-def conv(name: str) -> tuple[ir.Model, Consumer, dict[str, Array]]:
+def conv(name: str) -> tuple[ir.Model, Consumer, dict[str, Floats]]:
     attributes, shape = CONVS[name]
     b = ModelBuilder(name)
     x = b.input("x", ["batch", 4, 9, 8])
-    b.output(b.op("Conv", x, b.weight(*shape), b.weight(shape[0]), **attributes))
+    b.output(b.op("Conv", x, b.weight(*shape), b.weight(shape[0]), domain="", **attributes))
     model = b.build()
     model_io.normalize(model)
-    feeds: dict[str, Array] = {
+    feeds: dict[str, Floats] = {
         "x": np.random.default_rng(0).normal(size=(5, 4, 9, 8)).astype(np.float32)
     }
     return model, consumer_of(next(iter(model.graph))), feeds
@@ -49,7 +52,8 @@ def conv(name: str) -> tuple[ir.Model, Consumer, dict[str, Array]]:
 @pytest.mark.parametrize("name", CONVS)
 def test_the_weight_times_the_rows_is_the_output(name: str) -> None:
     model, consumer, feeds = conv(name)
-    y = np.moveaxis(run_model(model, feeds)[consumer.output], 1, -1).reshape(-1, consumer.outputs)
+    found = run_model(model, dict(feeds))[consumer.output].astype(np.float64)
+    y = np.moveaxis(found, 1, -1).reshape(-1, consumer.outputs)
     x = unfolded(feeds["x"], consumer.unfold, np.ones(4, bool), None, len(y))
     weight = consumer.matrix(model)
     order = weight_order(consumer.unfold, consumer.width)
@@ -63,9 +67,9 @@ def test_the_weight_times_the_rows_is_the_output(name: str) -> None:
 
 
 def source(
-    model: ir.Model, consumer: Consumer, feeds: dict[str, Array], folder: Path, rows: int
+    model: ir.Model, consumer: Consumer, feeds: dict[str, Floats], folder: Path, rows: int
 ) -> RowSource:
-    data = open_dataset(feeds, input_specs(model))
+    data = open_dataset(dict(feeds), input_specs(model))
     names = [consumer.data, consumer.output]
     stages = plan_stages(model.graph, [names])
     stream = Stream(model, stages, data, context(folder), 2, ActivationStore(folder))

@@ -224,7 +224,9 @@ class _Work:
             curves.append(Curve(ranking.group.index, counts, losses))
 
         def plan_for(share: float) -> dict[int, Indices]:
-            return taken(allocate(curves, lambda counts: left(taken(counts)), share))
+            return taken(
+                allocate(curves, lambda counts: left(taken(counts)), share, exchange=True)
+            )
 
         name = budget.measure.value
         if self.options.latency is not None and rankings:

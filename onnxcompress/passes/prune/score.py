@@ -3,8 +3,8 @@
 With calibration data the consumers of a group become blocks of the elimination in
 :mod:`onnxcompress.numerics.least_squares`; its error curve has the right shape but not the right
 height, for an error in one layer can matter more to the model's outputs than the same error in
-another. So each curve is scaled by one measurement: the error of the model's outputs when half of
-this group alone is removed. Without data the curves are sums of squared normalized magnitudes.
+another. So each curve is scaled by measurements: the error of the model's outputs when a quarter
+and when half of this group alone is removed. Without data the curves are sums of squared normalized magnitudes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from onnxcompress.numerics.least_squares import (
 )
 from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer
 from onnxcompress.passes.prune.options import Importance, PruneOptions
+from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.runtime import open_session
 
@@ -45,8 +46,8 @@ ROWS_PER_COLUMN = 50
 MIN_ROWS = 16384
 _MOMENT_BYTES = 1 << 30
 """Covariances held at a time while scoring."""
-_PROBE_SAMPLES = 64
-"""Samples for the measured output error; its scale matters, not its digits."""
+_PROBED = (0.25, 0.5)
+"""Parts of a group whose removal is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +233,18 @@ def _batches(
         yield batch
 
 
+def between(scales: Mapping[int, float], count: int) -> Array:
+    """Factors for 0 to ``count - 1`` removals from those measured, linear in the logarithm.
+
+    Beyond the first and the last measurement the nearest one counts; without any all are 1.
+    """
+    if not scales:
+        return np.ones(count)
+    places = sorted(scales)
+    logs = [np.log(max(scales[n], np.finfo(np.float64).tiny)) for n in places]
+    return np.asarray(np.exp(np.interp(np.arange(count), places, logs)))
+
+
 @dataclass(frozen=True, slots=True)
 class _State:
     """The model as it is now.
@@ -266,25 +279,28 @@ class _Scored:
         return self.state.model
 
     def rank(self, options: PruneOptions, seed: int) -> Ranking:
-        """The order of removal, scaled by the error measured when half of what is left goes."""
+        """The order of removal, scaled by errors measured when parts of what is left go."""
         order, losses, basis = self._curve(options, seed)
         gone = self.state.removed.get(self.group.index, np.zeros(0, np.int64))
         order = np.concatenate([gone, order[~np.isin(order, gone)]])
         losses = losses - losses[len(gone)]
         losses[: len(gone)] = 0.0
-        half = len(gone) + max(1, min((self.group.size - len(gone)) // 2, len(order) - len(gone)))
-        if half >= len(losses):
-            return Ranking(self.group, order, losses, basis)
+        scales: dict[int, float] = {}
+        left = self.group.size - len(gone)
+        for share in _PROBED:
+            count = len(gone) + max(1, min(int(left * share), len(order) - len(gone)))
+            if count < len(losses) and losses[count] > 0 and count not in scales:
+                scales[count] = self._measured(order[:count], options) / losses[count]
+        return Ranking(self.group, order, losses * between(scales, len(losses)), basis)
+
+    def _measured(self, removed: Indices, options: PruneOptions) -> float:
+        """The error of the model's outputs when ``removed`` are gone from this group."""
         variant = mask(
-            self.model,
-            self.state.coupling,
-            {**self.state.removed, self.group.index: order[:half]},
+            self.model, self.state.coupling, {**self.state.removed, self.group.index: removed}
         )
         if options.recover:
-            self._refit(variant, order[:half])
-        measured = self.state.probe.error_of(variant)
-        scale = measured / losses[half] if losses[half] > 0 else 0.0
-        return Ranking(self.group, order, losses * scale, basis)
+            self._refit(variant, removed)
+        return self.state.probe.error_of(variant)
 
     def _alive(self, reader: _Reader) -> npt.NDArray[np.bool_]:
         """Which columns of the reader's groups are still read, [G, D]."""
@@ -375,47 +391,3 @@ class _Scored:
                 fitted[g][:, kept] = best_fit(moment[g], weight[g], kept)
             shift = np.einsum("god,gd->go", weight - fitted, mean).reshape(-1)
             consumer.write(variant, fitted, consumer.bias_vector(self.model) + shift)
-
-
-class OutputProbe:
-    """Measures how far a changed model's outputs are from the original's, on a few samples.
-
-    Args:
-        model: The original.
-        data: Samples, best such as the changes were not fitted to.
-        ctx: The job.
-    """
-
-    def __init__(self, model: ir.Model, data: Dataset, ctx: PassContext) -> None:
-        self._ctx = ctx
-        group = data.layout.group or 1
-        probed = data.spread(max(_PROBE_SAMPLES // group, 1) * group)
-        size = ctx.batch_size
-        while True:
-            self._batches = list(probed.batches(size))
-            try:
-                self._expected = list(self._run(model))
-                break
-            except (MemoryError, ModelError):
-                if size == 1 or data.layout.group is not None:
-                    raise
-                size = max(size // 2, 1)
-
-    def error_of(self, variant: ir.Model) -> float:
-        """``Σ‖y - y₀‖² / Σ‖y₀‖²``, averaged over the floating-point outputs; 1 if not finite."""
-        error: dict[str, float] = {}
-        energy: dict[str, float] = {}
-        for expected, got in zip(self._expected, self._run(variant), strict=True):
-            for name, wanted in expected.items():
-                difference = float(np.sum((got[name] - wanted) ** 2))
-                error[name] = error.get(name, 0.0) + difference
-                energy[name] = energy.get(name, 0.0) + float(np.sum(wanted**2))
-        ratios = [error[n] / energy[n] for n in error if energy[n] > 0]
-        mean = float(np.mean(ratios)) if ratios else 0.0
-        return mean if np.isfinite(mean) else 1.0
-
-    def _run(self, model: ir.Model) -> Iterator[dict[str, Array]]:
-        session = open_session(model, self._ctx.session, work_dir=self._ctx.work_dir)
-        for feeds in self._batches:
-            outputs = session.run(feeds)
-            yield {n: v.astype(np.float64) for n, v in outputs.items() if v.dtype.kind == "f"}

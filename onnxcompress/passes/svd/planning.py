@@ -27,7 +27,7 @@ from onnxcompress.numerics.low_rank import Chain, Form, Metric
 from onnxcompress.passes.base import Skip
 from onnxcompress.passes.prune.options import Budget, Measure
 from onnxcompress.passes.prune.samples import split
-from onnxcompress.passes.prune.score import OutputProbe
+from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.svd.candidates import Candidate, Menu, Places, saved
 from onnxcompress.passes.svd.emit import Writer, bias_vector
 from onnxcompress.passes.svd.importance import output_metrics

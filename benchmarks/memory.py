@@ -1,6 +1,6 @@
 """Does the memory of calibration grow with the number of samples? It must not.
 
-Collects ranges, tails, clip errors and moments of every convolution and matrix product, each number
+Collects ranges, tails, histograms and moments of every convolution and matrix product, each number
 of samples in a process of its own, and compares the peak resident memory. Without a model it
 generates a small CNN and its data.
 
@@ -27,7 +27,7 @@ from onnxcompress.calibration.collector import collect
 from onnxcompress.calibration.geometry import unfold_of
 from onnxcompress.calibration.sources import Dataset, open_dataset
 from onnxcompress.calibration.statistics import (
-    ClipErrorRequest,
+    HistogramRequest,
     MeanRequest,
     MomentsRequest,
     RangeRequest,
@@ -41,7 +41,6 @@ from onnxcompress.progress import SilentProgress
 from onnxcompress.runtime import SessionSettings
 
 TARGET_RATIO = 1.1
-CLIP_CANDIDATES = 8
 
 
 def generate(folder: Path, samples: int) -> tuple[Path, Path]:
@@ -86,20 +85,14 @@ def measure(model_path: Path, data_path: Path, samples: int, batch_size: int) ->
         if node.op_type in {"Conv", "Gemm", "MatMul"} and constant_of(node.inputs[0]) is None
     ]
     started = time.perf_counter()
-    ranges = [RangeRequest(node.inputs[0].name or "") for node in layers if node.inputs[0]]
-    extremes = _collect(model, list(ranges), dataset, batch_size)
     requests: list[Request] = []
-    for node, request in zip(layers, ranges, strict=True):
-        result = extremes[request]
-        width = max(float(result.maximum) - min(float(result.minimum), 0.0), 1e-6)
-        scales = tuple(width / 255 * (0.6 + 0.05 * i) for i in range(CLIP_CANDIDATES))
-        zeros = tuple(
-            round(min(255.0, max(0.0, -min(float(result.minimum), 0.0) / s))) for s in scales
-        )
+    for node in layers:
+        name = node.inputs[0].name or "" if node.inputs[0] else ""
         requests += [
-            TailRequest(request.value, 1e-4),
-            ClipErrorRequest(request.value, scales, zeros, "uint8"),
-            MomentsRequest(request.value, unfold_of(node), max_rows=4096),
+            RangeRequest(name),
+            TailRequest(name, 1e-4),
+            HistogramRequest(name, max_elements=1 << 21),
+            MomentsRequest(name, unfold_of(node), max_rows=4096),
             MeanRequest(node.outputs[0].name or "", 1 if node.op_type == "Conv" else -1),
         ]
     _collect(model, requests, dataset, batch_size)

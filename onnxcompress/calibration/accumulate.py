@@ -26,7 +26,6 @@ import numpy as np
 
 from onnxcompress.calibration.arrays import Array
 from onnxcompress.calibration.statistics import (
-    ClipErrorResult,
     FloatArray,
     MeanResult,
     RangeResult,
@@ -89,28 +88,6 @@ class MovingExtremes:
         if not self._seen:
             raise ValueError("no elements")
         return RangeResult(np.array(self._low), np.array(self._high), self.count)
-
-
-class ErrorSums:
-    """Squared errors per candidate."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: FloatArray | float = 0.0
-
-    def update(self, squares: Array, count: int) -> None:
-        """Take sums of squared errors [candidates] over ``count`` elements."""
-        self.total = self.total + np.asarray(squares, np.float64)
-        self.count += count
-
-    def merge(self, other: Self) -> None:
-        """Take what another accumulator has seen."""
-        self.total = self.total + other.total
-        self.count += other.count
-
-    def finish(self) -> ClipErrorResult:
-        """The result over everything seen."""
-        return ClipErrorResult(np.atleast_1d(np.asarray(self.total, np.float64)) / self.count)
 
 
 class MeanSums:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, overload
+from typing import ClassVar, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,6 @@ class Statistic(enum.Enum):
 
     RANGE = "range"
     TAIL = "tail"
-    CLIP_ERROR = "clip_error"
     MEAN = "mean"
     MOMENTS = "moments"
     HISTOGRAM = "histogram"
@@ -137,33 +136,6 @@ class TailRequest:
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction < 0.5:
             raise ValueError(f"the tail of '{self.value}' must be in (0, 0.5), not {self.fraction}")
-
-
-@dataclass(frozen=True, slots=True)
-class ClipErrorRequest:
-    """Mean squared error of rounding a tensor to 8 bits, per candidate ``(scale, zero_point)``."""
-
-    statistic: ClassVar[Statistic] = Statistic.CLIP_ERROR
-    value: str
-    scales: tuple[float, ...]
-    zero_points: tuple[int, ...]
-    dtype: Literal["uint8", "int8"]
-
-    def __post_init__(self) -> None:
-        if not self.scales or len(self.scales) != len(self.zero_points):
-            raise ValueError(
-                f"clip candidates of '{self.value}': {len(self.scales)} scales, "
-                f"{len(self.zero_points)} zero points"
-            )
-        if not all(np.isfinite(s) and np.float32(s) > 0 for s in self.scales):
-            raise ValueError(
-                f"clip candidates of '{self.value}' need positive finite scales: {self.scales}"
-            )
-        low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
-        if not all(low <= z <= high for z in self.zero_points):
-            raise ValueError(
-                f"zero points {self.zero_points} of '{self.value}' do not fit {self.dtype}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,13 +250,6 @@ class TailResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ClipErrorResult:
-    """``mse[i] = E[(x - DQ_i(Q_i(x)))²]``, one per candidate."""
-
-    mse: FloatArray
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class MeanResult:
     """``mean[c] = E[x_c]``, ``variance[c] = E[(x_c - mean[c])²]``, each [C].
 
@@ -347,20 +312,13 @@ Request: TypeAlias = (
     RangeRequest
     | MovingRangeRequest
     | TailRequest
-    | ClipErrorRequest
     | MeanRequest
     | MomentsRequest
     | CrossMomentsRequest
     | HistogramRequest
 )
 Result: TypeAlias = (
-    RangeResult
-    | TailResult
-    | ClipErrorResult
-    | MeanResult
-    | MomentsResult
-    | CrossMomentsResult
-    | HistogramResult
+    RangeResult | TailResult | MeanResult | MomentsResult | CrossMomentsResult | HistogramResult
 )
 
 
@@ -382,8 +340,6 @@ class Statistics(Mapping[Request, Result]):
     def __getitem__(self, key: MovingRangeRequest) -> RangeResult: ...
     @overload
     def __getitem__(self, key: TailRequest) -> TailResult: ...
-    @overload
-    def __getitem__(self, key: ClipErrorRequest) -> ClipErrorResult: ...
     @overload
     def __getitem__(self, key: MeanRequest) -> MeanResult: ...
     @overload

@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.accumulate import (
     CrossSums,
-    ErrorSums,
     MeanSums,
     TailSums,
 )
@@ -28,7 +27,6 @@ from onnxcompress.calibration.range_tap import (
     total_of,
 )
 from onnxcompress.calibration.statistics import (
-    ClipErrorRequest,
     ConvUnfold,
     CrossMomentsRequest,
     CrossMomentsResult,
@@ -111,8 +109,6 @@ def make_tap(request: Request, site: Site) -> Tap:
         return MovingRangeTap(request, site)
     if isinstance(request, TailRequest):
         return _TailTap(request, site)
-    if isinstance(request, ClipErrorRequest):
-        return _ClipErrorTap(request, site)
     if isinstance(request, MeanRequest):
         return _MeanTap(request, site)
     if isinstance(request, HistogramRequest):
@@ -175,39 +171,6 @@ class _TailTap:
         self._slack *= 2
         self._sums = TailSums(self.request.fraction)
         return None
-
-
-class _ClipErrorTap:
-    """Squared error of rounding with onnxruntime's own QuantizeLinear and DequantizeLinear."""
-
-    def __init__(self, request: ClipErrorRequest, site: Site) -> None:
-        self.request = request
-        e = site.emitter
-        e.need(10, "rounding errors")
-        x = site.floating(request.value)
-        if x.dtype == ir.DataType.DOUBLE:
-            x = e.cast(x, ir.DataType.FLOAT)
-        self._size = site.output(e.op("Shape", x))
-        parts = []
-        for scale, zero_point in zip(request.scales, request.zero_points, strict=True):
-            s = e.constant(np.array(scale, np.float32))
-            z = e.constant(np.array(zero_point, request.dtype))
-            rounded = e.op("DequantizeLinear", e.op("QuantizeLinear", x, s, z), s, z)
-            error = e.reduce("ReduceSumSquare", e.op("Sub", x, rounded), None)
-            parts.append(site.output(e.cast(error, ir.DataType.DOUBLE)))
-        self._parts = tuple(parts)
-        self._sums = ErrorSums()
-
-    def update(self, outputs: Outputs, count: int) -> str | None:
-        del count
-        squares = np.array([float(outputs[name]) for name in self._parts])
-        if not np.isfinite(squares).all():
-            return self.request.value
-        self._sums.update(squares, size_of(outputs[self._size]))
-        return None
-
-    def finish(self) -> Result | None:
-        return self._sums.finish()
 
 
 class _MeanTap:

@@ -12,7 +12,6 @@ from onnxcompress import runtime
 from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.calibration.statistics import (
     AxisUnfold,
-    ClipErrorRequest,
     ConvUnfold,
     CrossMomentsRequest,
     FloatArray,
@@ -67,12 +66,11 @@ def test_every_statistic_in_every_operator_set(opset: int) -> None:
     unfold = ConvUnfold((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
     ranges, per_channel = RangeRequest("y"), RangeRequest("y", 1)
     tail, mean = TailRequest("y", 0.05), MeanRequest("y", 1)
-    clip = ClipErrorRequest("y", (0.05, 0.1), (3, -2), "int8")
     moments = MomentsRequest("x", unfold)
     cross = CrossMomentsRequest("x", unfold, (("y", 1.0),), 1)
     some = MomentsRequest("x", unfold, max_rows=40)
     x = _normal(7, 2, 6, 5)
-    found = gather(model, [ranges, per_channel, tail, mean, clip, moments, cross, some], {"x": x})
+    found = gather(model, [ranges, per_channel, tail, mean, moments, cross, some], {"x": x})
     model.graph.outputs.append(_named(model, "y"))
     y = run(model, {"x": x})["y"].astype(np.float64)
 
@@ -85,10 +83,6 @@ def test_every_statistic_in_every_operator_set(opset: int) -> None:
     assert found[tail].high == pytest.approx(np.quantile(y, 0.95), abs=1e-6)
     np.testing.assert_allclose(found[mean].mean, y.mean(axis=(0, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(found[mean].variance, y.var(axis=(0, 2, 3)), rtol=1e-5)
-    for i, (scale, zero) in enumerate(zip(clip.scales, clip.zero_points, strict=True)):
-        q = np.clip(np.rint(y / np.float32(scale)) + zero, -128, 127)
-        mse = ((y - (q - zero) * scale) ** 2).mean()
-        assert found[clip].mse[i] == pytest.approx(mse, rel=1e-4)
     rows = im2col(x, unfold)
     np.testing.assert_allclose(found[moments].covariance, _covariance(rows), atol=2e-6)
     np.testing.assert_allclose(found[moments].mean, rows.mean(axis=1), atol=1e-6)
@@ -122,17 +116,11 @@ def test_streamed_is_one_shot(
     x = (random.standard_normal(shape) + offset).astype(np.float32)
     axis = int(random.integers(-rank, rank)) if rank > 1 else None
     ranges, tail = RangeRequest("x"), TailRequest("x", float(random.uniform(0.01, 0.4)))
-    clip = ClipErrorRequest("x", (0.02, 0.3), (120, 7), "uint8")
-    found = gather(identity(rank), [ranges, tail, clip], {"x": x}, batch_size=batch_size)
+    found = gather(identity(rank), [ranges, tail], {"x": x}, batch_size=batch_size)
     exact = x.astype(np.float64)
     assert (found[ranges].minimum, found[ranges].maximum) == (exact.min(), exact.max())
     assert found[tail].low == pytest.approx(np.quantile(exact, tail.fraction), rel=1e-12)
     assert found[tail].high == pytest.approx(np.quantile(exact, 1 - tail.fraction), rel=1e-12)
-    for i, (scale, zero) in enumerate(zip(clip.scales, clip.zero_points, strict=True)):
-        q = np.clip(np.rint(exact / np.float32(scale)) + zero, 0, 255)
-        rounded = (q - zero).astype(np.float32) * np.float32(scale)
-        mse = ((exact - rounded) ** 2).mean()
-        assert found[clip].mse[i] == pytest.approx(mse, rel=1e-4, abs=1e-9)
     if axis is None or axis % rank == 0:
         return  # statistics per sample do not add up over batches
     _check_axis_statistics(x, axis, batch_size, offset)
@@ -266,17 +254,14 @@ def test_other_floating_point_types(name: str) -> None:
     dtype = np.float16 if name == "float16" else np.float64
     x = _normal(6, 2, 5).astype(dtype)
     ranges, mean, tail = RangeRequest("y"), MeanRequest("y", 1), TailRequest("y", 0.1)
-    clip = ClipErrorRequest("y", (0.1,), (0,), "int8")
     moments = MomentsRequest("y", AxisUnfold(1))
     cross = CrossMomentsRequest("y", AxisUnfold(1), (("x", 0.5),), 1)
-    requests: list[Request] = [ranges, mean, tail, clip, moments, cross]
+    requests: list[Request] = [ranges, mean, tail, moments, cross]
     found = gather(identity(3, name), requests, {"x": x})
     y = 2 * x.astype(np.float64)
     assert found[ranges].maximum == y.max()
     assert found[tail].high == pytest.approx(np.quantile(y, 0.9), rel=1e-12)
     np.testing.assert_allclose(found[mean].mean, y.mean(axis=(0, 2)), atol=1e-6)
-    q = np.clip(np.rint(y / np.float32(0.1)), -128, 127) * np.float32(0.1)
-    assert found[clip].mse[0] == pytest.approx(((y - q) ** 2).mean(), rel=1e-3)
     np.testing.assert_allclose(found[cross].cross * 4, found[moments].covariance, atol=1e-5)
 
 
@@ -387,7 +372,6 @@ def test_moments_of_samples_of_different_sizes() -> None:
         RangeRequest("y"),
         RangeRequest("y", 1),
         TailRequest("y", 0.1),
-        ClipErrorRequest("y", (0.1,), (0,), "int8"),
         MeanRequest("y", 1),
         MomentsRequest("y", AxisUnfold(1)),
         CrossMomentsRequest("x", AxisUnfold(1), (("y", 1.0),), 1),

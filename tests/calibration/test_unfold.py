@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from onnxcompress.calibration.geometry import unfold_of
 from onnxcompress.calibration.statistics import (
     AxisUnfold,
-    ClipErrorRequest,
     ConvUnfold,
     CrossMomentsRequest,
     MomentsRequest,
@@ -120,12 +119,6 @@ def test_requests_and_geometries_are_checked() -> None:
         ConvUnfold((3,), (1,), (1,), (-1, 0))
     with pytest.raises(ValueError, match=r"in \(0, 0.5\)"):
         TailRequest("x", 0.5)
-    with pytest.raises(ValueError, match="2 scales, 1 zero points"):
-        ClipErrorRequest("x", (1.0, 2.0), (0,), "int8")
-    with pytest.raises(ValueError, match="positive finite scales"):
-        ClipErrorRequest("x", (0.0,), (0,), "int8")
-    with pytest.raises(ValueError, match="do not fit uint8"):
-        ClipErrorRequest("x", (1.0,), (-1,), "uint8")
     with pytest.raises(ValueError, match="max_rows of 'x' must be positive"):
         MomentsRequest("x", AxisUnfold(), 0)
     with pytest.raises(ValueError, match="need a target"):

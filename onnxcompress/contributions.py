@@ -33,7 +33,7 @@ class Contribution:
     Attributes:
         weight_bytes: Bytes of all constants, packed as they are stored.
         parameters: Elements of all weights.
-        macs: Multiply-accumulates of one sample, dynamic axes as 1.
+        macs: Multiply-accumulates of one sample, of the lengths that the first one has.
         samples: Samples compared.
         sqnr_db: SQNR of the output that is farthest from the original, in dB; None where no output
             is floating point.
@@ -93,7 +93,8 @@ class Contributions:
         Raises:
             ModelError: If it does not run.
         """
-        cost = cost_of(model)
+        first = self._reference[0][0]
+        cost = cost_of(model, {name: array.shape for name, array in first.items()})
         session = open_session(model, self._settings, work_dir=self._work_dir)
         meter = ComparisonMeter(self._inputs, self._outputs)
         for feeds, wanted, count in self._reference:

@@ -378,8 +378,11 @@ def _unchanged(runs: Sequence[PassRun], *, dry_run: bool) -> Iterator[str]:
     """Say when the passes that were asked for came to nothing, which sizes alone may not show."""
     idle = [run.name for run in runs if not run.automatic and not run.report.changes]
     if idle and not dry_run:
-        names = " and ".join(f"'{name}'" for name in idle)
-        yield f"Pass {names} changed nothing: see what it skipped, and why, with -v."
+        *others, last = (f"'{name}'" for name in idle)
+        names, they = f"Pass {last}", "it"
+        if others:
+            names, they = f"Passes {', '.join(others)} and {last}", "they"
+        yield f"{names} changed nothing: see what {they} skipped, and why, with -v."
 
 
 def _pass_run(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -88,3 +89,17 @@ def test_a_pass_whose_own_dependency_is_missing(monkeypatch: pytest.MonkeyPatch)
 def test_options_are_finite_numbers(value: object) -> None:
     with pytest.raises(UsageError, match=r"gain\.factor=.* must be a finite number"):
         fakes.GainOptions.parse({"factor": value}, owner="gain")
+
+
+_IMPORT_ALONE = """
+import importlib, sys
+for module in sys.argv[1:]:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "onnxcompress"]:
+        del sys.modules[name]
+    importlib.import_module(module)
+"""
+
+
+def test_every_pass_can_be_imported_first() -> None:
+    modules = [target.partition(":")[0] for target in PASSES.values()]
+    subprocess.run([sys.executable, "-c", _IMPORT_ALONE, *modules], check=True)

@@ -437,6 +437,11 @@ def test_a_pass_that_changes_nothing_is_said(model: Path, monkeypatch: pytest.Mo
     assert [w for w in result.warnings if "changed nothing" in w] == [
         "Pass 'hungry' changed nothing: see what it skipped, and why, with -v."
     ]
+    monkeypatch.setattr(fakes.GainPass, "run", lambda *arguments: PassReport())
+    result = run(model, "hungry", "gain", simplify=False, fold=False)
+    (said,) = (w for w in result.warnings if "changed nothing" in w)
+    assert said.startswith("Passes ")
+    assert said.endswith(" changed nothing: see what they skipped, and why, with -v.")
 
 
 def test_a_model_without_inputs(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.numerics.least_squares import UNDERFLOW
+from onnxcompress.numerics.positive import cholesky
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Project: TypeAlias = Callable[[npt.NDArray[np.int64], FloatArray], FloatArray]
@@ -67,8 +68,8 @@ class Factor:
             order = np.argsort(-variance, kind="stable")
         damped = moment[np.ix_(order, order)] + damp * mean * np.eye(len(moment))
         # (H + λI)⁻¹ = UᵀU with U upper triangular: factor the matrix with its order reversed.
-        lower = np.linalg.cholesky(damped[::-1, ::-1])
-        return cls(order, np.linalg.inv(lower)[::-1, ::-1])
+        lower = cholesky(damped[::-1, ::-1])
+        return cls(order, np.asarray(np.linalg.inv(lower)[::-1, ::-1], np.float64))
 
     def replace(self, weight: FloatArray, project: Project, *, width: int = 1) -> FloatArray:
         """``Ŵ``, [R, D], column by column.

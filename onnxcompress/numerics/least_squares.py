@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from onnxcompress.numerics.positive import cholesky
+
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
@@ -131,7 +133,7 @@ class Elimination:
 
 
 def solve_positive_definite(matrix: Array, right: Array) -> Array:
-    """Solve ``A Z = B`` for symmetric positive definite ``A`` by a Cholesky factorization.
+    """Solve ``A Z = B`` for symmetric ``A``, positive definite but for rounding.
 
     Args:
         matrix: ``A``, [D, D].
@@ -141,9 +143,9 @@ def solve_positive_definite(matrix: Array, right: Array) -> Array:
         ``Z``, [D, N].
 
     Raises:
-        numpy.linalg.LinAlgError: If ``A`` is not positive definite.
+        numpy.linalg.LinAlgError: If ``A`` is not finite, or indefinite beyond rounding.
     """
-    factor = np.asarray(np.linalg.cholesky(matrix), np.float64)
+    factor = cholesky(matrix)
     return solve_transposed(factor, solve_lower(factor, right))
 
 

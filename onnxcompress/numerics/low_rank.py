@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.numerics.least_squares import damping, solve_lower, solve_transposed
+from onnxcompress.numerics.positive import cholesky
 
 Array = npt.NDArray[np.float64]
 
@@ -264,7 +265,7 @@ class Spectrum:
         if len(weight) <= weight.shape[1]:
             right = weight.T if self._moment is None else self._moment @ weight.T
             return _falling(weight @ right)
-        root = weight if self._moment is None else weight @ np.linalg.cholesky(self._moment)
+        root = weight if self._moment is None else weight @ cholesky(self._moment)
         values, right = _falling(root.T @ root)
         lengths = np.sqrt(np.maximum(values, _FLOOR * max(values.max(initial=0.0), _FLOOR)))
         return values, (root @ right) / lengths
@@ -312,7 +313,7 @@ class _Basis:
         full = np.ascontiguousarray(full).reshape(moment.shape)
         self.variances = full.diagonal().reshape(inside, outside).mean(axis=1)
         mixed = half_way.reshape(moment.shape) @ weight.T
-        self._factor = np.linalg.cholesky((full + full.T) / 2)
+        self._factor = cholesky((full + full.T) / 2)
         self._scores = solve_lower(self._factor, mixed)  # [I·J, O]
         self.gains = np.einsum("do,do->d", self._scores, self._scores)
 

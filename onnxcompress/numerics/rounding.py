@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from onnxcompress.numerics.affine import Grid
 from onnxcompress.numerics.least_squares import UNDERFLOW
+from onnxcompress.numerics.positive import cholesky
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -133,7 +134,7 @@ def _feedback(
     damped = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), across, 2)
     damped[:, np.arange(size), np.arange(size)] += damp[:, None]
     # Row j of Lᵀ, over its diagonal: what an error of column k > j asks of column j.
-    factor = np.linalg.cholesky(damped)
+    factor = cholesky(damped)
     factor /= np.diagonal(factor, axis1=1, axis2=2)[:, None, :]
     wanted = np.take_along_axis(weight, across, 2)
     left = wanted.copy()

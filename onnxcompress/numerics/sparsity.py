@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.numerics.least_squares import UNDERFLOW
+from onnxcompress.numerics.positive import cholesky
 from onnxcompress.numerics.rounding import output_error
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -78,7 +79,7 @@ def inverse_factor(matrix: FloatArray) -> FloatArray:
     Args:
         matrix: [D, D], symmetric positive definite.
     """
-    lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    lower = cholesky(matrix[::-1, ::-1])
     return np.asarray(np.linalg.inv(lower)[::-1, ::-1])
 
 

@@ -15,7 +15,7 @@ from onnxcompress.errors import UsageError
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.weight_only import Format, Rounding, WeightOnlyOptions, WeightOnlyPass
-from onnxcompress.passes.weight_only.layout import Layout, row_axes
+from onnxcompress.passes._layout import Layout, row_axes
 from onnxcompress.runtime import optimized_graph
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import FIXTURES, Fixture, fixture

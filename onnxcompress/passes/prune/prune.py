@@ -423,7 +423,7 @@ def _row_notes(refits: Sequence[Refit]) -> list[str]:
         return []
     worst = min(few, key=lambda r: r.rows_per_column)
     return [
-        f"{len(few)} layers were refitted from fewer than 10 rows per input (least: "
+        f"{len(few)} layer{'s were' if len(few) > 1 else ' was'} refitted from fewer than 10 rows per input (least: "
         f"{worst.rows_per_column:.1f} at '{worst.consumer.node}'); more samples would help."
     ]
 

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of, constant_tensor
 from onnxcompress.passes.quant.operators import attribute
-from onnxcompress.passes.weight_only.layout import row_axes
+from onnxcompress.passes._layout import row_axes
 
 MIN_ELEMENTS = 1024
 """Smaller weights stay float: rounding their data costs more than the product."""

@@ -32,7 +32,7 @@ from onnxcompress.passes.quant.dynamic_rules import (
     product_of,
     weight_places,
 )
-from onnxcompress.passes.weight_only.layout import Layout, row_axes
+from onnxcompress.passes._layout import Layout, row_axes
 
 _MICROSOFT = "com.microsoft"
 _BLOCK_LENGTHS = (128, 64, 32)

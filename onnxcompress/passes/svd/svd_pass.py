@@ -162,8 +162,8 @@ def _row_notes(refits: list[Refit]) -> list[str]:
         return []
     worst = min(few, key=lambda r: r.rows_per_column)
     return [
-        f"{len(few)} layers were refitted from fewer than {_FEW_ROWS} rows per input (least: "
-        f"{worst.rows_per_column:.1f} at '{worst.node}'); more samples would help."
+        f"{len(few)} layer{'s were' if len(few) > 1 else ' was'} refitted from fewer than "
+        f"{_FEW_ROWS} rows per input (least: {worst.rows_per_column:.1f} at '{worst.node}'); more samples would help."
     ]
 
 

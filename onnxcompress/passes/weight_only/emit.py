@@ -26,7 +26,7 @@ from onnxcompress.numerics.blockwise import Blocks, pack
 from onnxcompress.numerics.signs import Signs
 from onnxcompress.passes._foldable import Chain
 from onnxcompress.passes._packing import packed_digits
-from onnxcompress.passes.weight_only.layout import Layout
+from onnxcompress.passes._layout import Layout
 from onnxcompress.passes.weight_only.options import WeightOnlyOptions
 from onnxcompress.passes.weight_only.select import Form, Weight
 

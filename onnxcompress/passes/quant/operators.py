@@ -77,6 +77,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "MaxPool": _MOVING,
         "Pad": Rule(Kind.MOVING, tied=True, on_integers=True),
         "Reshape": _MOVING,
+        "Resize": _MOVING,
         "Slice": _MOVING,
         "Squeeze": _MOVING,
         "Transpose": _MOVING,
@@ -210,6 +211,10 @@ def _joining_refusal(node: ir.Node) -> str | None:
 def _moving_refusal(node: ir.Node) -> str | None:
     if len(node.outputs) > 1 and any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return "its second output is used"
+    if node.op_type == "Resize":
+        mode = node.attributes.get("mode")
+        if mode is not None and mode.value != "nearest":
+            return f"it interpolates (mode {mode.value})"
     if node.op_type == "Pad":
         mode = node.attributes.get("mode")
         if mode is not None and mode.value != "constant":

@@ -26,6 +26,9 @@ from onnxcompress.interface import TensorSpec
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 """Runs the model once: feeds to outputs."""
 
+_WINDOW = 256
+"""Samples among which those of one length are looked for, to run together."""
+
 _PROBES = 4
 _TOLERANCE = 1e-4
 
@@ -60,15 +63,17 @@ def without_padding(dataset: Dataset, load: Callable[[], Run]) -> Dataset | None
         load: Loads the model; called only where an input looks like a mask.
 
     Returns:
-        The samples cut, one length per run; None where no input is a mask, nothing is padded, or
-        cutting changes what the model makes of the rest.
+        The samples cut, one length per run; where they have no labels, those of one length come
+        together, so that fewer runs are needed. None where no input is a mask, nothing is padded,
+        or cutting changes what the model makes of the rest.
     """
     for mask in dataset.specs:
         padding = _padding(mask, dataset.specs)
         if padding is None or dataset.layout.whole or dataset.layout.group not in {None, 1}:
             continue
         if _is_mask(dataset, padding) and _harmless(dataset, padding, load()):
-            return dataset.through(functools.partial(_Cut, padding), "padding left out")
+            cut = functools.partial(_Cut, padding, dataset.labels is not None)
+            return dataset.through(cut, "padding left out")
     return None
 
 
@@ -136,9 +141,10 @@ def _agree(whole: Array, short: Array, length: int, full: int) -> bool:
 class _Cut:
     """Another source's samples without padding; each piece holds samples of one length."""
 
-    def __init__(self, padding: Padding, source: Source) -> None:
+    def __init__(self, padding: Padding, in_order: bool, source: Source) -> None:
         self._source = source
         self._padding = padding
+        self._in_order = in_order
 
     @property
     def sample_count(self) -> int:
@@ -150,13 +156,19 @@ class _Cut:
 
     def pieces(self, start: int, stop: int, size: int) -> Iterator[dict[str, Array]]:
         """See :class:`~onnxcompress.calibration.dataset.Source`."""
-        for piece in self._source.pieces(start, stop, size):
+        in_order = self._in_order or size == 1
+        for piece in self._source.pieces(start, stop, size if in_order else max(size, _WINDOW)):
             count = len(piece[self._padding.mask])
-            rows = [{n: a[i : i + 1] for n, a in piece.items()} for i in range(count)]
-            lengths = [self._padding.length(row) for row in rows]
-            first = 0
-            for place in range(1, count + 1):
-                if place == count or lengths[place] != lengths[first]:
-                    part = {n: a[first:place] for n, a in piece.items()}
-                    yield self._padding.cut(part, lengths[first])
-                    first = place
+            lengths = np.array(
+                [
+                    self._padding.length({n: a[i : i + 1] for n, a in piece.items()})
+                    for i in range(count)
+                ]
+            )
+            places = np.arange(count) if in_order else np.argsort(lengths, kind="stable")
+            changes = np.flatnonzero(np.diff(lengths[places])) + 1
+            for same in np.split(places, changes):
+                for first in range(0, len(same), size):
+                    rows = same[first : first + size]
+                    part = {n: a[rows] for n, a in piece.items()}
+                    yield self._padding.cut(part, int(lengths[rows[0]]))

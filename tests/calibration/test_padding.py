@@ -55,7 +55,7 @@ def _cut(model: ir.Model, data: Dataset) -> Dataset | None:
 
 def test_samples_are_cut_behind_their_last_token() -> None:
     model = _attention(masked=True)
-    data = _data(model)
+    data = _data(model).with_labels(np.arange(len(_LENGTHS)))
     cut = _cut(model, data)
     assert cut is not None
     assert cut.sample_count == data.sample_count
@@ -66,6 +66,21 @@ def test_samples_are_cut_behind_their_last_token() -> None:
     rows = next(iter(data.batches(8)))["ids"]
     expected = np.concatenate([row[:n] for row, n in zip(rows, _LENGTHS, strict=True)])
     np.testing.assert_array_equal(whole, expected)
+
+
+def test_samples_of_one_length_come_together_where_order_does_not_matter() -> None:
+    model = _attention(masked=True)
+    rng = np.random.default_rng(0)
+    lengths = np.array([4, 2, 4, 9, 2, 4, 4])
+    ids = rng.integers(0, 20, (len(lengths), 9))
+    mask = (np.arange(9) < lengths[:, None]).astype(np.int64)
+    cut = _cut(model, open_dataset({"ids": ids, "keep": mask}, input_specs(model)))
+    assert cut is not None
+    batches = list(cut.batches(3))
+    assert [b["ids"].shape for b in batches] == [(2, 2), (3, 4), (1, 4), (1, 9)]
+    np.testing.assert_array_equal(batches[1]["ids"], ids[[0, 2, 5], :4])
+    assert [b["ids"].shape[1] for b in cut.batches(1)] == list(lengths)  # one by one: in order
+    assert sum(len(b["ids"]) for b in cut.take(4).batches(8)) == 4
 
 
 def test_verification_compares_what_counts(tmp_path: Path) -> None:

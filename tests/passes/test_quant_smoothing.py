@@ -16,8 +16,9 @@ from onnxcompress.interface import input_specs
 from onnxcompress.numerics.equalization import ChannelStatistics
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass
+from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
-from onnxcompress.passes.quant.smoothing import Site, apply, choose
+from onnxcompress.passes.quant.smoothing import Site, apply, choose, find_sites
 from tests.builder import Array, ModelBuilder
 from tests.running import SETTINGS, context, interface, largest_error, run_model
 
@@ -111,6 +112,32 @@ def test_smoothing_leaves_the_float_function_unchanged(style: str, alpha: float)
     apply(model, choices)
     model_io.check(model)
     assert largest_error(run_model(model, _FEEDS), run_model(reference, _FEEDS)) < 1e-4
+
+
+@pytest.mark.parametrize("style", ["layer_norm", "post_norm"])
+def test_what_is_known_after_smoothing_is_what_would_be_measured(
+    style: str, tmp_path: Path
+) -> None:
+    model = _feed_forward(style)
+    ctx = context(tmp_path, _data(model))
+    options = QuantOptions()
+    chosen = frozenset(n.name or "" for n in model.graph if n.op_type == "MatMul")
+    before = Builder(model, options, ctx)
+    before.measure(chosen)
+    sites, _ = find_sites(ctx, model, before.network, chosen)
+    done = apply(model, choose(model, sites, 1.0, 0.8))
+    assert done.factors
+    known = Builder(model, options, ctx, before.measured.rescaled(done.moved, done.factors))
+    known.measure(chosen)
+    anew = Builder(model, options, ctx)
+    anew.measure(chosen)
+    assert known.measured.covariances.keys() == anew.measured.covariances.keys()
+    for name, covariance in anew.measured.covariances.items():
+        np.testing.assert_allclose(
+            known.measured.covariances[name], covariance, rtol=1e-3, atol=1e-5 * covariance.max()
+        )
+    for point, extremes in anew.measured.ranges.items():
+        np.testing.assert_allclose(known.measured.ranges[point], extremes, rtol=1e-3, atol=1e-5)
 
 
 def test_tables_are_looked_up_as_integers(tmp_path: Path) -> None:

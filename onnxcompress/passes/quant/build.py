@@ -51,7 +51,9 @@ from onnxcompress.runtime import SessionSettings
 from onnxcompress.search.reference import Reference
 
 
-_ENDLESS = "it meets a tensor with infinite values or NaN, as masks have, which integers cannot hold"
+_ENDLESS = (
+    "it meets a tensor with infinite values or NaN, as masks have, which integers cannot hold"
+)
 
 _CLEARLY_DB = 10.0
 """Outputs better than the least SQNR by this need no look at single nodes."""
@@ -93,9 +95,16 @@ class Builder:
         model: The float model, already prepared; it is not changed.
         options: How to quantize.
         ctx: The job.
+        measured: What is known of the float model already.
     """
 
-    def __init__(self, model: ir.Model, options: QuantOptions, ctx: PassContext) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        options: QuantOptions,
+        ctx: PassContext,
+        measured: Measured | None = None,
+    ) -> None:
         target = ctx.target
         self.model = model
         fixed_point = options.scales is Scales.POWER_OF_TWO
@@ -116,9 +125,14 @@ class Builder:
         self._weight_grid = weight_grid(reduce_range=target.reduce_range, power_of_two=fixed_point)
         # Accelerators read the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
         self._integer_moves = target.on_cpu
-        self._measured = Measured()
-        self._asked: set[str] = set()
+        self._measured = Measured() if measured is None else measured
+        self._asked: set[str] = set(self._measured.covariances)
         self._rounded: dict[str, Layer] = {}
+
+    @property
+    def measured(self) -> Measured:
+        """What the float model showed so far."""
+        return self._measured
 
     def measure(self, chosen: frozenset[str]) -> None:
         """Measure what the plan for ``chosen`` and all smaller ones can ask for, in one run.

@@ -12,10 +12,10 @@ from onnxcompress.context import PassContext
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.equalize.balance import equalize, largest_spread
 from onnxcompress.passes.quant.build import Builder
-from onnxcompress.passes.quant.measure import few_samples
+from onnxcompress.passes.quant.measure import Measured, few_samples
 from onnxcompress.passes.quant.options import Equalize, QuantOptions, RangeMethod, Rounding
 from onnxcompress.passes.quant.placement import Network
-from onnxcompress.passes.quant.smoothing import Choice, apply, choose, find_sites
+from onnxcompress.passes.quant.smoothing import Applied, Choice, apply, choose, find_sites
 
 _FEEDBACKS = (1.0, 0.4)
 """Weight of the noise of rounded weights: all of it, and what error feedback leaves of it."""
@@ -64,7 +64,11 @@ class Conditioned:
 
 
 def condition(
-    ctx: PassContext, model: ir.Model, options: QuantOptions, chosen: frozenset[str]
+    ctx: PassContext,
+    model: ir.Model,
+    options: QuantOptions,
+    chosen: frozenset[str],
+    measured: Measured,
 ) -> Conditioned:
     """Find the equalization and the smoothing with which the outputs of ``model`` keep most.
 
@@ -73,10 +77,13 @@ def condition(
         model: The float model, prepared; it is not changed.
         options: How to quantize.
         chosen: Nodes that will run on integers.
+        measured: What is known of the model.
     """
     copy, gained = _equalized(ctx, model, options, chosen)
-    found = _smoothing(ctx, copy, options, chosen)
-    return found if gained is None else replace(found, equalized_db=gained)
+    if gained is None:
+        return _smoothing(ctx, model, options, chosen, measured)
+    found = _smoothing(ctx, copy, options, chosen, Measured())
+    return replace(found, equalized_db=gained)
 
 
 def _equalized(
@@ -93,12 +100,17 @@ def _equalized(
     equalize(copy, _ROUNDS)
     few = few_samples(ctx)
     cheap = replace(options, weights=Rounding.NEAREST, ranges=RangeMethod.MINMAX)
-    gain = _sqnr_db(few, copy, cheap, chosen) - _sqnr_db(few, model, cheap, chosen)
+    before, after = (_sqnr_db(few, each, cheap, chosen, Measured()) for each in (model, copy))
+    gain = after - before
     return (copy, gain) if gain >= _LEAST_EQUALIZATION_DB else (model, None)
 
 
 def _smoothing(
-    ctx: PassContext, model: ir.Model, options: QuantOptions, chosen: frozenset[str]
+    ctx: PassContext,
+    model: ir.Model,
+    options: QuantOptions,
+    chosen: frozenset[str],
+    measured: Measured,
 ) -> Conditioned:
     if options.smooth == "off":
         return Conditioned()
@@ -112,22 +124,27 @@ def _smoothing(
     few = few_samples(ctx)
     if max(site.data.square.size for site in sites) > _CHEAP_COLUMNS:
         options = replace(options, weights=Rounding.NEAREST)
-    before = _sqnr_db(few, model, options, chosen)
+        measured = replace(measured, covariances={})
+    before: float | None = None
     best: tuple[Choice, ...] = ()
     gain, tried = _LEAST_GAIN_DB, 0
     for feedback in _FEEDBACKS:
         choices = choose(model, sites, feedback)
         copy = model_io.clone(model)
-        if not apply(copy, choices):
+        done = apply(copy, choices)
+        if not done.changes:
             continue
+        if before is None:
+            before = _sqnr_db(few, model, options, chosen, measured)
         tried += 1
-        gained = _sqnr_db(few, copy, options, chosen) - before
+        known = measured.rescaled(done.moved, done.factors)
+        gained = _sqnr_db(few, copy, options, chosen, known) - before
         if gained > gain:
             best, gain = choices, gained
     return Conditioned(best, skips, tried, gain if best else 0.0)
 
 
-def smoothed(model: ir.Model, found: Conditioned) -> tuple[Change, ...]:
+def smoothed(model: ir.Model, found: Conditioned) -> Applied:
     """Carry out ``found`` on the model it was made for, or an equal copy, in place."""
     changes: tuple[Change, ...] = ()
     if found.equalized_db is not None:
@@ -136,13 +153,18 @@ def smoothed(model: ir.Model, found: Conditioned) -> tuple[Change, ...]:
             Change(b.node, b.op_type, f"balanced with {b.layers - 1} other layers")
             for b in balanced
         )
-    return changes + apply(model, found.choices)
+    done = apply(model, found.choices)
+    return replace(done, changes=changes + done.changes)
 
 
 def _sqnr_db(
-    ctx: PassContext, model: ir.Model, options: QuantOptions, chosen: frozenset[str]
+    ctx: PassContext,
+    model: ir.Model,
+    options: QuantOptions,
+    chosen: frozenset[str],
+    measured: Measured,
 ) -> float:
-    builder = Builder(model, options, ctx)
+    builder = Builder(model, options, ctx, measured)
     builder.measure(chosen)
     found = builder.quick_sqnr_db(chosen)
     return found if np.isfinite(found) else 200.0

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcompress import model_io
-from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.padding import without_padding
 from onnxcompress.calibration.synthetic import synthetic_dataset
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
 from onnxcompress.numerics.affine import weight_grid
 from onnxcompress.passes.base import Change, PassReport, Skip
 from onnxcompress.passes.quant.aim import Aim, find_aim
+from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.constant_chains import fold_weight_chains
 from onnxcompress.passes.quant.dynamic_rules import RULES, Form, element_count, forms_of
 from onnxcompress.passes.quant.dynamic_search import Item, Search, find_items, start
@@ -119,6 +120,7 @@ def add_dynamic(
     options: QuantOptions,
     refuse: Refuse,
     static: StaticRun | None,
+    budget: Budget,
 ) -> PassReport:
     """Quantize ``model`` in place.
 
@@ -128,6 +130,7 @@ def add_dynamic(
         options: How to quantize.
         refuse: Gives a reason to leave a node alone, or None.
         static: Static quantization; None to quantize dynamically only.
+        budget: The time for searching.
 
     Raises:
         DataError: If ``static`` needs calibration data and there is none.
@@ -136,7 +139,7 @@ def add_dynamic(
         if static is not None:
             return static(model, frozenset()).report
         return _unsupported(model, ctx)
-    return _Run(model, ctx, options, refuse, static).report()
+    return _Run(model, ctx, options, refuse, static, budget).report()
 
 
 def _supported(ctx: PassContext) -> bool:
@@ -168,6 +171,19 @@ class _Base:
     embedded: tuple[Change, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rivals:
+    """Static products that a dynamic form could replace.
+
+    Attributes:
+        names: Their names.
+        alone: Whether nothing else with a weight is static.
+    """
+
+    names: frozenset[str] = frozenset()
+    alone: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Result:
     """A whole result: a base and the forms written on top of it."""
@@ -187,7 +203,9 @@ class _Run:
         options: QuantOptions,
         refuse: Refuse,
         static: StaticRun | None,
+        budget: Budget,
     ) -> None:
+        self._budget = budget
         self._model, self._ctx, self._options = model, ctx, options
         self._refuse, self._static = refuse, static
         self._work = model_io.clone(model)
@@ -205,7 +223,7 @@ class _Run:
         """Quantize and say what was done."""
         base = self._based(frozenset())
         rivals = self._rivals(base)
-        if not base.items and not rivals:
+        if not base.items and not rivals.names:
             result = _Result(base, base.model, {})
         else:
             result = self._chosen(base, rivals)
@@ -214,11 +232,16 @@ class _Run:
             self._model.opset_imports.update(result.model.opset_imports)
         return self._merged(result)
 
-    def _based(self, kept: frozenset[str]) -> _Base:
-        """Static quantization of everything but ``kept``; the rest may become dynamic."""
+    def _based(self, kept: frozenset[str], *, alone: bool = False) -> _Base:
+        """Static quantization of everything but ``kept``; the rest may become dynamic.
+
+        Args:
+            kept: Nodes that stay float.
+            alone: Whether nothing with a weight would be static then: nothing is.
+        """
         model = model_io.clone(self._work)
         static = Static(PassReport(), frozenset())
-        if self._static is not None:
+        if self._static is not None and not alone:
             static = self._static(model, kept)
         embedded: tuple[Change, ...] = ()
         if not static.nodes and self._options.embeddings and not self._options.op_types:
@@ -236,10 +259,10 @@ class _Run:
             items = ()
         return _Base(model, static, items, reasons, embedded)
 
-    def _rivals(self, base: _Base) -> frozenset[str]:
+    def _rivals(self, base: _Base) -> _Rivals:
         """Static products that a dynamic form could replace; none unless they matter."""
         if not base.static.nodes or not self._timed():
-            return frozenset()
+            return _Rivals()
         products, weights, others = set(), 0, 0
         opset = self._work.opset_imports.get("", 0)
         for node in self._work.graph:
@@ -252,11 +275,11 @@ class _Run:
                 weights += size
             else:
                 others += size
-        return frozenset(products) if weights >= others else frozenset()
+        return _Rivals(frozenset(products), others == 0) if weights >= others else _Rivals()
 
-    def _chosen(self, base: _Base, rivals: frozenset[str]) -> _Result:
+    def _chosen(self, base: _Base, rivals: _Rivals) -> _Result:
         try:
-            judge = Judge(self._model, self._samples())
+            judge = self._judge()
         except DataError as error:
             self._notes.append(
                 f"The dynamic forms were neither timed nor checked: {error.message}."
@@ -269,8 +292,9 @@ class _Run:
             result = self._searched(base, judge)
             return result if self._keeps(result.model) else _Result(base, base.model, {})
         results = [self._searched(base, judge)] if base.items else []
-        if rivals and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
-            results.append(self._searched(self._based(rivals), judge))
+        if rivals.names and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
+            other = self._based(rivals.names, alone=rivals.alone)
+            results.append(self._searched(other, judge))
         idle = {item.name: item.idle for item in base.items if item.idle is not None}
         results.append(
             self._built(base, Search(base.model, base.items, judge, self._grid, least_db=0.0), idle)
@@ -278,11 +302,10 @@ class _Run:
         return self._fastest(results, judge)
 
     def _searched(self, base: _Base, judge: Judge) -> _Result:
-        search = Search(
-            base.model, base.items, judge, self._grid, least_db=self._least_db
-        )
+        search = Search(base.model, base.items, judge, self._grid, least_db=self._least_db)
         if self._timed():
-            found = search.run(seconds=self._options.search_seconds, progress=self._ctx.progress)
+            with self._budget.spend() as seconds:
+                found = search.run(seconds=seconds, progress=self._ctx.progress)
             timed = int(self._figures.get("dynamic_forms_timed", 0)) + found.timed
             self._figures["dynamic_forms_timed"] = timed
         else:
@@ -331,10 +354,16 @@ class _Run:
             and self._ctx.target == detect_target()
         )
 
-    def _samples(self) -> Dataset:
-        if self._ctx.calibration is not None:
-            return self._ctx.calibration
-        return synthetic_dataset(self._model, samples=_SYNTHETIC_SAMPLES, seed=self._ctx.seed)
+    def _judge(self) -> Judge:
+        """What rates results: outputs without padding, times on a sample as it is."""
+        samples = self._ctx.calibration
+        if samples is None:
+            synthetic = synthetic_dataset(
+                self._model, samples=_SYNTHETIC_SAMPLES, seed=self._ctx.seed
+            )
+            return Judge(self._model, synthetic)
+        cut = without_padding(samples, lambda: open_session(self._model, self._ctx.session).run)
+        return Judge(self._model, cut or samples, samples.first())
 
     def _merged(self, result: _Result) -> PassReport:
         """The static report and what became dynamic, in one."""
@@ -356,6 +385,8 @@ class _Run:
         changes = [Change(name, types.get(name, ""), form.value) for name, form in forms.items()]
         computed = sum(form is not Form.STORED for form in forms.values())
         figures = dict(static.figures) | self._figures
+        if self._budget.spent:
+            figures["search_seconds"] = round(self._budget.spent, 1)
         figures["integer_nodes"] = int(figures.get("integer_nodes", 0)) + computed
         if forms:
             figures |= {"dynamic_nodes": computed, "stored_nodes": len(forms) - computed}

@@ -46,9 +46,7 @@ def quantize_embeddings(
         reason = _reason(model, table, gathers, refused)
         if reason is None:
             rows = np.asarray(constant_of(table), np.float32)
-            blocks = fitted(
-                rows, bits=_BITS, block=rows.shape[1], symmetric=True, negative=False
-            )
+            blocks = fitted(rows, bits=_BITS, block=rows.shape[1], symmetric=True, negative=False)
             noise = float(((blocks.dequantized() - rows).astype(np.float64) ** 2).sum())
             signal = float((rows.astype(np.float64) ** 2).sum())
             if noise > 0 and 10 * np.log10(max(signal, 1e-300) / noise) < least_db:

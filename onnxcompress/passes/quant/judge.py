@@ -62,13 +62,17 @@ class Judge:
 
     Args:
         reference: The float model.
-        samples: Inputs; a few are used.
+        samples: Inputs to compare outputs on; a few are used.
+        timed: One run's inputs to take times with; the first sample when None.
     """
 
-    def __init__(self, reference: ir.Model, samples: Dataset) -> None:
+    def __init__(
+        self, reference: ir.Model, samples: Dataset, timed: Mapping[str, Array] | None = None
+    ) -> None:
         self.reference = reference
         self._settings = SessionSettings(threads=1)
         self._feeds = list(samples.take(min(samples.sample_count, _SAMPLES)).batches(1))
+        self._timed = self._feeds[0] if timed is None else timed
         session = self._open(reference)
         self._wanted = [session.run(feeds) for feeds in self._feeds]
 
@@ -95,7 +99,7 @@ class Judge:
         best = [math.inf] * len(models)
         for _ in range(2):
             sessions = [self._open(model) for model in models]
-            times = run_times(sessions, self._feeds[0], seconds=_SECONDS * len(models))
+            times = run_times(sessions, self._timed, seconds=_SECONDS * len(models))
             best = [min(pair) for pair in zip(best, times, strict=True)]
         return best
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,6 +70,26 @@ class Measured:
             {**self.histograms, **other.histograms},
             {**self.covariances, **other.covariances},
             self.endless | other.endless,
+        )
+
+    def rescaled(self, moved: Collection[str], factors: Mapping[str, FloatArray]) -> Measured:
+        """What follows from this for the model after a change of scales, without a run.
+
+        Dividing the data of a product by factors f makes its covariance ``C' = F⁻¹ C F⁻¹``, F =
+        diag(f). Ranges of what changed are left out.
+
+        Args:
+            moved: Points whose values changed.
+            factors: Factors by which the data of a weighted node were divided, [D], by its name.
+        """
+        covariances = dict(self.covariances)
+        for name, each in factors.items():
+            if name in covariances:
+                covariances[name] = covariances[name] / np.multiply.outer(each, each)
+        return Measured(
+            {point: r for point, r in self.ranges.items() if point not in moved},
+            {point: h for point, h in self.histograms.items() if point not in moved},
+            covariances,
         )
 
 

@@ -143,9 +143,7 @@ class Mixer:
         """The same mix with fewer nodes on integers, calibrated anew; None if none is left."""
         if not self._has_weights(chosen):
             return None
-        built = self._builder.careful(
-            chosen, wide=mixed.wide & chosen, halves=mixed.built.halves
-        )
+        built = self._builder.careful(chosen, wide=mixed.wide & chosen, halves=mixed.built.halves)
         return replace(mixed, built=built, chosen=chosen)
 
     def _has_weights(self, chosen: frozenset[str]) -> bool:
@@ -196,9 +194,7 @@ class Mixer:
             mixed, lifted = self._calibrated(plain, aim, gains, lifted, precisions[-1])
         if mixed is None:
             lifted = {name: Precision.FLOAT for name in ratios}
-        rows = [
-            replace(row, precision=lifted.get(row.node, Precision.INT8).value) for row in rows
-        ]
+        rows = [replace(row, precision=lifted.get(row.node, Precision.INT8).value) for row in rows]
         self._figures |= {
             "nodes_lifted": len(lifted),
             "mixing_seconds": round(time.monotonic() - started, 1),

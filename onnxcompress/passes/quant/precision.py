@@ -113,9 +113,7 @@ def rescaled_layers(
         node = network.nodes[name]
         affine = affines[data_inputs(node)[0].name or ""]
         same = np.array_equal(affine.scale, layer.input_scale)
-        made[name] = (
-            layer if same else rescaled(node, layer, affine, grid, per_channel=per_channel)
-        )
+        made[name] = layer if same else rescaled(node, layer, affine, grid, per_channel=per_channel)
     return made
 
 

@@ -17,6 +17,7 @@ from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics.affine import fixed_point_format
 from onnxcompress.passes.base import Change, PassReport, Skip, Stage
+from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.build import Builder, Built
 from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
@@ -62,6 +63,9 @@ _GAINS = 1.02
 
 _REPAIRS = 3
 """How often parts of a result that is slower than float are put back to float."""
+
+_PLACEMENT_SHARE = 0.6
+"""Most of the time for searching that placements may take; the rest is for what comes after."""
 
 _FINAL_SECONDS = 1.5
 """Time to compare the result with float."""
@@ -134,23 +138,26 @@ class QuantPass:
             DataError: If there is no calibration data.
             UsageError: If a name pattern or operator matches no node.
         """
-        mode = self._options.mode
+        mode, budget = self._options.mode, Budget(self._options.search_seconds)
         if mode is Mode.STATIC:
-            return self._static(model, ctx, frozenset()).report
+            return self._static(model, ctx, frozenset(), budget).report
         if mode is Mode.DYNAMIC:
             self._check_patterns(model)
-            return add_dynamic(model, ctx, self._options, self._excluded, None)
+            return add_dynamic(model, ctx, self._options, self._excluded, None, budget)
         return add_dynamic(
             model,
             ctx,
             self._options,
             self._excluded,
-            lambda copy, kept: self._static(copy, ctx, kept),
+            lambda copy, kept: self._static(copy, ctx, kept, budget),
+            budget,
         )
 
-    def _static(self, model: ir.Model, ctx: PassContext, kept: frozenset[str]) -> Static:
+    def _static(
+        self, model: ir.Model, ctx: PassContext, kept: frozenset[str], budget: Budget
+    ) -> Static:
         """Quantize ``model`` statically, in place, but for the nodes ``kept``."""
-        run = _Run(self, self._options, model, ctx, kept)
+        run = _Run(self, self._options, model, ctx, kept, budget)
         return Static(run.report(), run.integer_nodes)
 
     def needs_for(self, target: Target) -> frozenset[Statistic]:
@@ -238,10 +245,12 @@ class _Run:
         options: QuantOptions,
         model: ir.Model,
         ctx: PassContext,
-        kept: frozenset[str] = frozenset(),
+        kept: frozenset[str],
+        budget: Budget,
     ) -> None:
         self.integer_nodes: frozenset[str] = frozenset()
         self._kept = kept
+        self._budget = budget
         self._owner = owner
         self._options = options
         self._model = model
@@ -316,13 +325,19 @@ class _Run:
 
     def _condition(self, chosen: frozenset[str]) -> None:
         """Smooth the float model where the outputs gain, and measure it anew."""
-        found = condition(self._statistics, self._work, self._options, chosen)
+        found = condition(
+            self._statistics, self._work, self._options, chosen, self._builder.measured
+        )
         self._skips |= {skip.node: skip for skip in found.skips}
         if not found.changes_model:
             return
-        self._prepared = (*self._prepared, *smoothed(self._work, found))
+        done = smoothed(self._work, found)
+        self._prepared = (*self._prepared, *done.changes)
         self._conditioned = found
-        self._builder = Builder(self._work, self._options, self._statistics)
+        known = None  # equalization changes nearly all values
+        if found.equalized_db is None:
+            known = self._builder.measured.rescaled(done.moved, done.factors)
+        self._builder = Builder(self._work, self._options, self._statistics, known)
         self._builder.measure(chosen)
         self._mixer = Mixer(self._builder, self._options, self._statistics)
         if found.equalized_db is not None:
@@ -381,14 +396,15 @@ class _Run:
             )
             self._figures |= {"placements_timed": 0, "search_seconds": 0.0}
             return known.candidate
-        found = search(
-            self._builder.network,
-            allowed,
-            lambda chosen: self._builder.rough(chosen)[1],
-            feeds,
-            seconds=self._options.search_seconds,
-            progress=self._ctx.progress,
-        )
+        with self._budget.spend(_PLACEMENT_SHARE) as seconds:
+            found = search(
+                self._builder.network,
+                allowed,
+                lambda chosen: self._builder.rough(chosen)[1],
+                feeds,
+                seconds=seconds,
+                progress=self._ctx.progress,
+            )
         if self._options.cache and not remember(key, found):
             self._ctx.progress.log("the placement found could not be cached")
         self._figures |= {
@@ -454,14 +470,17 @@ class _Run:
     def _without_slow_parts(self, mixed: Mixed) -> tuple[Mixed, float] | None:
         """The result with slow parts in float, and its speed; None where no part is fast enough."""
         assert self._ctx.calibration is not None  # noqa: S101 - _timed() looked
-        found = repair(
-            self._builder.network,
-            mixed.chosen,
-            lambda chosen: self._builder.part_of(mixed.built, chosen),
-            self._ctx.calibration.first(),
-            seconds=self._options.search_seconds,
-            progress=self._ctx.progress,
-        )
+        with self._budget.spend() as seconds:
+            found = repair(
+                self._builder.network,
+                mixed.chosen,
+                lambda chosen: self._builder.part_of(mixed.built, chosen),
+                self._ctx.calibration.first(),
+                seconds=seconds,
+                progress=self._ctx.progress,
+            )
+        if "search_seconds" in self._figures:
+            self._figures["search_seconds"] = round(self._budget.spent, 1)
         timed = int(self._figures.get("regions_timed", 0))
         self._figures["regions_timed"] = timed + found.timed
         fewer = self._mixer.rebuilt(mixed, found.chosen)

@@ -21,6 +21,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import Array, constant_of, set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.graph.scaling import Region, apply_factors, find_region
+from onnxcompress.numerics.affine import FloatArray
 from onnxcompress.numerics.equalization import ChannelStatistics, Smoothing, best_smoothing
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.quant.operators import WEIGHT, attribute
@@ -171,7 +172,22 @@ def choose(
     return tuple(choices)
 
 
-def apply(model: ir.Model, choices: tuple[Choice, ...]) -> tuple[Change, ...]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Applied:
+    """What smoothing changed.
+
+    Attributes:
+        changes: For the report.
+        moved: Values of the model before that are other ones now.
+        factors: What the data of each product were divided by, [D], by its name.
+    """
+
+    changes: tuple[Change, ...]
+    moved: frozenset[str]
+    factors: Mapping[str, FloatArray]
+
+
+def apply(model: ir.Model, choices: tuple[Choice, ...]) -> Applied:
     """Smooth ``model`` in place; what it computes stays the same, to rounding.
 
     Args:
@@ -179,18 +195,21 @@ def apply(model: ir.Model, choices: tuple[Choice, ...]) -> tuple[Change, ...]:
         choices: What to do; sites that gain too little are left alone.
     """
     namer = Namer(model)
-    changes = []
+    changes: list[Change] = []
+    moved: set[str] = set()
+    all_factors: dict[str, FloatArray] = {}
     for choice in choices:
+        if choice.smoothing.gain_db < _LEAST_GAIN_DB:
+            continue
         values = {v.name: v for node in model.graph for v in node.outputs}
         nodes = {node.name or "": node for node in model.graph}
         value, smoothing = values[choice.site.value], choice.smoothing
-        if smoothing.gain_db < _LEAST_GAIN_DB:
-            continue
         region = find_region(value, -1)
         if isinstance(region, Region) and _fits(region, value, choice.site):
             units = region.values[value].reshape(-1)
             factors = np.ones(region.units)
             factors[units] = 1 / smoothing.factors
+            moved |= {each.name or "" for each in region.values}
             apply_factors(model, region, factors, namer, "quant")
             how = "taken up by the operators before it"
         elif smoothing.gain_db < _LEAST_GAIN_MUL_DB or choice.site.comes_as_integers:
@@ -198,6 +217,9 @@ def apply(model: ir.Model, choices: tuple[Choice, ...]) -> tuple[Change, ...]:
         else:
             _insert(model, namer, value, [nodes[n] for n in choice.site.readers], smoothing)
             how = "by a Mul"
+        all_factors |= dict.fromkeys(
+            choice.site.readers, np.asarray(smoothing.factors, np.float64).reshape(-1)
+        )
         changes.append(
             Change(
                 choice.site.readers[0],
@@ -205,7 +227,7 @@ def apply(model: ir.Model, choices: tuple[Choice, ...]) -> tuple[Change, ...]:
                 f"data '{choice.site.value}' smoothed with alpha {smoothing.alpha:.2f}, {how}",
             )
         )
-    return tuple(changes)
+    return Applied(tuple(changes), frozenset(moved), all_factors)
 
 
 def _fits(region: Region, value: ir.Value, site: Site) -> bool:

@@ -292,7 +292,8 @@ class _Run:
             result = self._searched(base, judge)
             return result if self._keeps(result.model) else _Result(base, base.model, {})
         results = [self._searched(base, judge)] if base.items else []
-        if rivals.names and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
+        worth = rivals.names and self._budget.left > 0
+        if worth and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
             other = self._based(rivals.names, alone=rivals.alone)
             results.append(self._searched(other, judge))
         idle = {item.name: item.idle for item in base.items if item.idle is not None}

@@ -24,7 +24,7 @@ from onnxcompress.runtime import Array
 from onnxcompress.targets import Target, cpu_features
 
 _KIND = "placements"
-_FORM = 1
+_FORM = 2
 """Raised when what is stored, or how placements are searched, changes."""
 
 _SMALL_BYTES = 1024

@@ -34,6 +34,11 @@ _STEM_HANDICAP = 0.99
 _LONGER_STEM_HANDICAP = 0.995
 """So are the layers after it, which are narrow as well."""
 
+_FEW_WEIGHTS = 0.01
+_FEW_ELEMENTS = 16384
+"""With more weights than this and than that share of all, the first layers have to be faster in
+float to stay there."""
+
 _SECONDS_PER_ROUND = 0.15
 """Most time to measure for each alternative."""
 
@@ -147,22 +152,26 @@ def alternatives(
     """The properties to search, each as a function from the best candidate to its alternatives."""
     weighted = [n for n in network.of_kind(Kind.WEIGHTED) if n.name in allowed]
     widths = [_width(n) for n in weighted]
+    constants = [constant_of(n.inputs[WEIGHT]) for n in weighted]
+    sizes = [0 if weight is None else weight.size for weight in constants]
     depthwise = [outputs for _, outputs, is_depthwise in widths if is_depthwise]
     ordinary = [min(i, o) for i, o, is_depthwise in widths if not is_depthwise]
     joining = {n.op_type for n in network.of_kind(Kind.JOINING) if n.name in allowed}
 
+    def stem_handicap(length: int) -> float:
+        if sum(sizes[:length]) > max(_FEW_WEIGHTS * sum(sizes), _FEW_ELEMENTS):
+            return _HANDICAP
+        return _STEM_HANDICAP if length == 1 else _LONGER_STEM_HANDICAP
+
     def stems(best: Candidate) -> Variants:
         longest = min(2, len(weighted) - 1)
-        return [
-            (replace(best, prefix=k), _STEM_HANDICAP if k == 1 else _LONGER_STEM_HANDICAP)
-            for k in range(1, longest + 1)
-        ]
+        return [(replace(best, prefix=k), stem_handicap(k)) for k in range(1, longest + 1)]
 
     def longer_stems(best: Candidate) -> Variants:
         if best.prefix < 2:
             return []
         longest = min(4, len(weighted) - 1)
-        return [(replace(best, prefix=k), _LONGER_STEM_HANDICAP) for k in range(3, longest + 1)]
+        return [(replace(best, prefix=k), stem_handicap(k)) for k in range(3, longest + 1)]
 
     def depths(best: Candidate) -> Variants:
         steps = [s for s in (64, 128, 256) if min(depthwise) < s <= max(depthwise)]

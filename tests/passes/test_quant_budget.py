@@ -1,0 +1,30 @@
+"""The time that all searches share."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from onnxcompress.passes.quant.budget import Budget
+
+
+def test_what_one_search_spends_the_next_one_lacks() -> None:
+    budget = Budget(0.05)
+    with budget.spend(0.6) as seconds:
+        assert seconds == pytest.approx(0.03)
+        time.sleep(0.03)
+    assert 0.03 <= budget.spent
+    with budget.spend() as seconds:
+        assert seconds == pytest.approx(0.05 - budget.spent)
+        time.sleep(0.05)
+    with budget.spend() as seconds:
+        assert seconds == 0.0
+
+
+def test_time_counts_where_a_search_fails() -> None:
+    budget = Budget(1.0)
+    with pytest.raises(ValueError, match="no"), budget.spend():
+        time.sleep(0.01)
+        raise ValueError("no")
+    assert budget.spent >= 0.01

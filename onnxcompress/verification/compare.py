@@ -158,7 +158,10 @@ def _run_original(original: Session, feeds: Mapping[str, Array], samples: int) -
     except ModelError as error:
         if samples == 1 or error.hint:
             raise
-        hint = "If it takes only one sample at a time, use --batch-size 1."
+        hint = (
+            "Give --calib and --eval of shapes that it takes, or --batch-size 1 if it takes only "
+            "one sample at a time."
+        )
         raise ModelError(error.message, hint=hint) from error
 
 

@@ -82,6 +82,24 @@ def chain() -> ir.Model:
     return model
 
 
+def test_declared_lengths_that_the_data_contradict_are_not_believed(tmp_path: Path) -> None:
+    b = ModelBuilder("wrong")
+    x = b.input("x", ["batch", "time", 4])
+    y = b.op("MatMul", x, b.weight(4, 4))
+    b.output(b.op("Relu", b.op("Tanh", y)))
+    model = b.build()
+    model_io.normalize(model)
+    middle = model.graph.node(1).outputs[0]
+    middle.shape = ir.Shape(["batch", 9, 4])
+    names = [middle.name or "", model.graph.outputs[0].name or ""]
+    data: dict[str, Array] = {"x": np.ones((3, 2, 4), np.float32)}
+    stream = stream_of(model, [[names[0]], [names[1]]], data, tmp_path, 10_000)
+    stream.advance(1, "running")
+    stream.advance(2, "running")
+    assert [found[names[1]].shape for _, found in stream.feeds([names[1]])] == [(2, 2, 4), (1, 2, 4)]
+    stream.close()
+
+
 def test_nothing_is_kept_that_no_later_stage_reads() -> None:
     model = chain()
     names = [node.outputs[0].name or "" for node in model.graph]

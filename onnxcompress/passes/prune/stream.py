@@ -104,7 +104,9 @@ class Stream:
         graph = ir.convenience.extract(self._model.graph, stage.inputs, computed)
         if self._done:
             for value in graph.inputs:
-                value.dtype = ir.DataType.from_numpy(self._sample(value.name or "").dtype)
+                sample = self._sample(value.name or "")
+                value.dtype = ir.DataType.from_numpy(sample.dtype)
+                value.shape = _believed(value.shape, sample.shape)
         part = ir.Model(
             graph,
             ir_version=self._model.ir_version,
@@ -126,3 +128,12 @@ class Stream:
             for handle in batch.kept.values():
                 self._store.drop(handle)
         self._batches = []
+
+
+def _believed(declared: ir.Shape | None, seen: tuple[int, ...]) -> ir.Shape | None:
+    """A declared shape without the lengths that the data contradict; exporters write such."""
+    if declared is None or len(declared) != len(seen):
+        return None
+    return ir.Shape(
+        [None if isinstance(d, int) and d != s else d for d, s in zip(declared, seen, strict=True)]
+    )

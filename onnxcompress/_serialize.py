@@ -48,7 +48,8 @@ def tensor_bytes(model: ir.Model, *, external: bool = False) -> int:
 def to_proto(model: ir.Model) -> onnx.ModelProto:
     """Serialize; external tensors stay references.
 
-    Undoes what onnx_ir 1.1 does to tensors that came from protobuf: it writes their metadata twice.
+    Undoes what onnx_ir 1.1 does to tensors that came from protobuf: it writes their metadata twice,
+    and types of initializers again, which the tensors tell.
 
     Raises:
         ModelError: If something in the model cannot be written, such as a name that is not UTF-8.
@@ -60,6 +61,11 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     for graph in _graph_protos(proto.graph):
         for tensor in graph.initializer:
             dedupe_metadata(tensor)
+        stored = {tensor.name for tensor in graph.initializer}
+        others = [info for info in graph.value_info if info.name not in stored]
+        if len(others) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(others)
     return proto
 
 

@@ -561,3 +561,14 @@ def test_sizes_count_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sizes.raw_bytes == sum(file.stat().st_size for file in files)
     assert 0.8 * sizes.raw_bytes < sizes.deflated_bytes <= 1.05 * sizes.raw_bytes
     assert model_io.external_files(files[0]) == (files[1],)
+
+
+def test_types_of_weights_are_not_written_beside_them(tmp_path: Path) -> None:
+    model = linear(tmp_path)
+    model_io.normalize(model)
+    model_io.save(model, tmp_path / "saved.onnx")
+    graph = onnx.load(tmp_path / "saved.onnx").graph
+    stored = {tensor.name for tensor in graph.initializer}
+    assert stored
+    assert not stored & {info.name for info in graph.value_info}
+    onnx.checker.check_model(onnx.load(tmp_path / "saved.onnx"), full_check=True)

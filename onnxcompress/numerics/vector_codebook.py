@@ -110,10 +110,10 @@ def fit(
     fed = _with_feedback(exact, best, moments)
     wins = fed.error(exact, inputs) < best.error(exact, inputs)
     best = dataclasses.replace(best, codes=np.where(wins[:, None], fed.codes, best.codes))
-    refitted = _refit_scale(exact, best, inputs)
-    if refitted.error(exact, inputs).sum() < best.error(exact, inputs).sum():
-        return refitted
-    return best
+    # A table that weighs all inputs alike may turn out the better one, as k-means starts at random.
+    plain = fit(weight, None, bits=bits, length=length, scales=scales, seed=seed)
+    tried = (best, _refit_scale(exact, best, inputs), plain)
+    return min(tried, key=lambda coded: float(coded.error(exact, inputs).sum()))
 
 
 def _table(values: FloatArray, weights: FloatArray, count: int, seed: int) -> FloatArray:

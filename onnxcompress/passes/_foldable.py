@@ -55,9 +55,7 @@ class Chain:
         """``value`` as int32."""
         return self.add("Cast", [value], to=int(ir.DataType.INT32))
 
-    def unpacked(
-        self, role: str, packed: Codes, width: int, shape: tuple[int, ...]
-    ) -> ir.Value:
+    def unpacked(self, role: str, packed: Codes, width: int, shape: tuple[int, ...]) -> ir.Value:
         """Codes of ``width`` bits, see :meth:`digits`."""
         return self.digits(role, packed, 1 << width, shape)
 

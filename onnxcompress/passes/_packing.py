@@ -1,13 +1,13 @@
 """Codes of 1 to 8 bits in as many bits, out of which onnxruntime makes indices at load.
 
-A code is split into *planes* of 4, 2 and 1 bits, ``q = Σ p_i · 2^{s_i}`` (6 bits: 4 + 2). A plane is
-stored as a 4-bit tensor where the opset has them (21), and otherwise with ``m = 8 / width`` codes in
-a byte,
+A code is split into *planes* of 4, 2 and 1 bits, ``q = Σ p_i · 2^{s_i}`` (6 bits: 4 + 2). A plane
+is stored as a 4-bit tensor where the opset has them (21), and otherwise with ``m = 8 / width``
+codes in a byte,
 
     byte_l = Σ_i p_{i L + l} · 2^{i width},    l < L = ⌈n / m⌉
 
-which ``Mod(Div(byte, 2^{i width}), 2^width)`` takes apart: arithmetic on constants, that the runtime
-folds.
+which ``Mod(Div(byte, 2^{i width}), 2^width)`` takes apart: arithmetic on constants, that the
+runtime folds.
 """
 
 from __future__ import annotations
@@ -54,11 +54,7 @@ def planes(bits: int, *, whole_bytes: bool = False) -> tuple[Plane, ...]:
     """
     if whole_bytes or bits == 8:
         return (Plane(0, 8),)
-    found = []
-    for width in (4, 2, 1):
-        if bits & width:
-            found.append(Plane(bits % width, width))
-    return tuple(found)
+    return tuple(Plane(bits % width, width) for width in (4, 2, 1) if bits & width)
 
 
 def digits_per_byte(base: int) -> int:

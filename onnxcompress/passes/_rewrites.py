@@ -2,8 +2,8 @@
 
 The list of rules is our own. Those that fold BatchNormalization, factors and biases are left out:
 the fold pass does it in float64 and says what it refused. So are those that only turn one operator
-into another (Flatten to Reshape, Gemm to MatMul and Add), and those for x + 0 and x · 1: they take a
-constant near to 0 for 0, and with it the 1e-12 that keeps a normalization from dividing by 0, and
+into another (Flatten to Reshape, Gemm to MatMul and Add), and those for x + 0 and x · 1: they take
+a constant near to 0 for 0, and with it the 1e-12 that keeps a normalization from dividing by 0, and
 without which onnxruntime no longer sees that it is one.
 """
 

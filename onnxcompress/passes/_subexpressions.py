@@ -1,8 +1,8 @@
 """Compute equal expressions once, and drop constants that nothing reads, in all graphs.
 
-Two nodes are equal if they have the same operator, attributes and inputs. A node in a branch or loop
-body may also equal one of the graphs around it, which has been computed already when the branch
-begins.
+Two nodes are equal if they have the same operator, attributes and inputs. A node in a branch or
+loop body may also equal one of the graphs around it, which has been computed already when the
+branch begins.
 """
 
 from __future__ import annotations

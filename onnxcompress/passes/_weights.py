@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.passes.base import Skip
 from onnxcompress.passes._layout import Layout, row_axes
+from onnxcompress.passes.base import Skip
 
 _T = TypeVar("_T")
 

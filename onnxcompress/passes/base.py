@@ -90,8 +90,8 @@ class PassReport:
     Attributes:
         changes: Everything done.
         skips: Everything that could not be treated, with the reason. Never a silent ``continue``.
-        figures: Named figures for the report, with the unit in the name (``{"macs_kept_ratio": 0.8}``).
-        notes: Remarks for the user, one sentence each.
+        figures: Named figures for the report, with the unit in the name (``{"macs_kept_ratio":
+        0.8}``). notes: Remarks for the user, one sentence each.
         tables: Figures that do not fit into one line.
     """
 
@@ -128,8 +128,8 @@ def option(
 class PassOptions:
     """Base of every pass's options: a frozen dataclass whose fields are made by :func:`option`.
 
-    Field types may be ``bool``, ``int``, ``float``, ``str``, an ``enum.Enum`` whose values are strings,
-    ``tuple[str, ...]`` (comma-separated on the command line), or one of these ``| None``.
+    Field types may be ``bool``, ``int``, ``float``, ``str``, an ``enum.Enum`` whose values are
+    strings, ``tuple[str, ...]`` (comma-separated on the command line), or one of these ``| None``.
     """
 
     @classmethod
@@ -171,7 +171,10 @@ class PassOptions:
             if not math.isfinite(value):
                 raise UsageError(f"option {owner}.{f.name}={value} must be a finite number")
             if (low is not None and value < low) or (high is not None and value > high):
-                bounds = f"{'' if low is None else f'at least {low}'}{' and ' if low is not None and high is not None else ''}{'' if high is None else f'at most {high}'}"
+                said = (("at least", low), ("at most", high))
+                bounds = " and ".join(
+                    f"{word} {bound}" for word, bound in said if bound is not None
+                )
                 raise UsageError(f"option {owner}.{f.name}={value} must be {bounds}")
 
     def to_dict(self) -> dict[str, object]:
@@ -246,9 +249,9 @@ class Pass(Protocol):
     """A transformation of a model.
 
     ``run`` changes ``model`` in place and says what it did. It may assume a normalized model (see
-    :func:`onnxcompress.model_io.normalize`): functions inlined, constants as initializers, unique node names,
-    shapes inferred where they can be. It must leave the names, element types and shapes of the graph inputs
-    and outputs as they are. New names are ``<original>/<pass>_<role>``.
+    :func:`onnxcompress.model_io.normalize`): functions inlined, constants as initializers, unique
+    node names, shapes inferred where they can be. It must leave the names, element types and shapes
+    of the graph inputs and outputs as they are. New names are ``<original>/<pass>_<role>``.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """Store tensors of many zeros in less: one bit per element, and the elements that are left.
 
-For a tensor ``w`` of ``n`` elements with ``k`` of them not 0, the file holds ``mask`` (n/8 bytes) and
-``values = [0, w_{i1}, ..., w_{ik}]``, from which
+For a tensor ``w`` of ``n`` elements with ``k`` of them not 0, the file holds ``mask`` (n/8 bytes)
+and ``values = [0, w_{i1}, ..., w_{ik}]``, from which
 
     w = Reshape(Gather(values, CumSum(mask) · mask))
 
@@ -52,7 +52,9 @@ class PackPass:
     """Stores tensors of many zeros as a bit mask and the elements that are left."""
 
     name: ClassVar[str] = "pack"
-    summary: ClassVar[str] = "store tensors of many zeros in less; unpacked when the model is loaded"
+    summary: ClassVar[str] = (
+        "store tensors of many zeros in less; unpacked when the model is loaded"
+    )
     stage: ClassVar[Stage] = Stage.STORAGE
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     options_type: ClassVar[type[PassOptions]] = PackOptions

@@ -239,7 +239,7 @@ def test_the_default_budget_out_of_reach_prunes_nothing_and_says_so(tmp_path: Pa
     assert report.figures["units_removed"] == 0
     assert not report.changes
     assert sum(n.op_type == "Conv" for n in result.graph) > 1
-    with pytest.raises(PassError, match="macs=0.8 cannot be reached"):
+    with pytest.raises(PassError, match=r"macs=0\.8 cannot be reached"):
         pruned(model, PruneOptions(macs=0.8, min_kept=0.9, align=1), tmp_path)
 
 
@@ -257,7 +257,7 @@ def test_limits_name_how_much_stays_where(tmp_path: Path) -> None:
 
 
 def test_an_empty_budget_is_refused_and_none_is_the_default() -> None:
-    with pytest.raises(UsageError, match="option prune.macs has no value"):
+    with pytest.raises(UsageError, match=r"option prune\.macs has no value"):
         PruneOptions.parse({"macs": ""}, owner="prune")
     assert PruneOptions.parse({"macs": "none"}, owner="prune").budget.kept == 0.8
 
@@ -288,7 +288,9 @@ def test_several_rounds_repair_what_one_round_cannot(tmp_path: Path) -> None:
 
     def error(options: PruneOptions) -> float:
         found = run_model(pruned(model, options, tmp_path, data)[0], fresh)
-        return sum(float(np.sum((v.astype(np.float64) - expected[n]) ** 2)) for n, v in found.items())
+        return sum(
+            float(np.sum((v.astype(np.float64) - expected[n]) ** 2)) for n, v in found.items()
+        )
 
     options = PruneOptions(macs=0.6, align=1, importance=Importance.L2)
     assert error(replace(options, rounds=3)) < 1.1 * error(options)

@@ -96,7 +96,10 @@ def test_declared_lengths_that_the_data_contradict_are_not_believed(tmp_path: Pa
     stream = stream_of(model, [[names[0]], [names[1]]], data, tmp_path, 10_000)
     stream.advance(1, "running")
     stream.advance(2, "running")
-    assert [found[names[1]].shape for _, found in stream.feeds([names[1]])] == [(2, 2, 4), (1, 2, 4)]
+    assert [found[names[1]].shape for _, found in stream.feeds([names[1]])] == [
+        (2, 2, 4),
+        (1, 2, 4),
+    ]
     stream.close()
 
 

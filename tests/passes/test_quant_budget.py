@@ -14,7 +14,7 @@ def test_what_one_search_spends_the_next_one_lacks() -> None:
     with budget.spend(0.6) as seconds:
         assert seconds == pytest.approx(0.03)
         time.sleep(0.03)
-    assert 0.03 <= budget.spent
+    assert budget.spent >= 0.03
     with budget.spend() as seconds:
         assert seconds == pytest.approx(0.05 - budget.spent)
         time.sleep(0.05)
@@ -24,7 +24,11 @@ def test_what_one_search_spends_the_next_one_lacks() -> None:
 
 def test_time_counts_where_a_search_fails() -> None:
     budget = Budget(1.0)
-    with pytest.raises(ValueError, match="no"), budget.spend():
+
+    def search() -> None:
         time.sleep(0.01)
         raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), budget.spend():
+        search()
     assert budget.spent >= 0.01

@@ -1,4 +1,4 @@
-"""Mixed precision: which nodes leave 8-bit integers, for which limits, and where that is measured."""
+"""Mixed precision: which nodes leave 8-bit integers, for which limits, measured where."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass, mixed
 from onnxcompress.passes.quant.precision import Precision, fallbacks_for
 from onnxcompress.pipeline import compress
+from onnxcompress.progress import SilentProgress
 from onnxcompress.report.json import compression_report, dumps
 from onnxcompress.search.parallel import Backend, Workers, run_tasks
-from onnxcompress.progress import SilentProgress
 from onnxcompress.targets import target_by_name
 from onnxcompress.verification.gates import Gates
 from tests.builder import ModelBuilder
-from tests.running import SETTINGS, context, run_model
+from tests.running import context, run_model
 
 WIDTH = 16
 DEPTH = 4
@@ -138,7 +138,7 @@ def test_the_table_comes_without_a_goal_when_asked_for(tmp_path: Path) -> None:
     report = QuantPass(_options(sensitivity=True)).run(model, context(tmp_path, data))
     assert ir.to_proto(model) == ir.to_proto(plain)
     (table,) = report.tables
-    assert [row[0] for row in table.rows][0] == "matmul_2"
+    assert next(row[0] for row in table.rows) == "matmul_2"
     assert len(table.rows) == DEPTH
 
 
@@ -292,9 +292,7 @@ def test_agreement_and_drop_can_be_goals(tmp_path: Path) -> None:
     assert (rough.argmax(axis=1) != wanted.argmax(axis=1)).any()
     for goals in (Gates(max_drop=0.0), Gates(min_agreement=1.0)):
         result = model_io.clone(reference)
-        report = QuantPass(_options(min_sqnr_db=-20)).run(
-            result, _job(tmp_path, labelled, goals)
-        )
+        report = QuantPass(_options(min_sqnr_db=-20)).run(result, _job(tmp_path, labelled, goals))
         (got,) = run_model(result, feeds).values()
         assert (got.argmax(axis=1) == wanted.argmax(axis=1)).all()
         assert "matmul_1" in _lifted(report)

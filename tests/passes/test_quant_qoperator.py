@@ -74,7 +74,9 @@ def test_operators_compute_what_pairs_compute(name: str, tmp_path: Path) -> None
         difference = ours[output].astype(np.float64) - expected.astype(np.float64)
         assert np.abs(difference).max() <= allowed * 1.001
     # onnxruntime makes the same kernels of both, so neither can be faster.
-    executed = [sorted(_operators(runtime.optimized_graph(m, SETTINGS))) for m in (operators, pairs)]
+    executed = [
+        sorted(_operators(runtime.optimized_graph(m, SETTINGS))) for m in (operators, pairs)
+    ]
     assert executed[0] == executed[1]
     written = int(report.figures["operators_on_integers"])
     assert 0 < written <= int(report.figures["integer_nodes"])

@@ -94,9 +94,7 @@ def test_only_what_is_slow_goes_back(
     order = [n for n in network.nodes if n in chosen]
     clock = FakeClock(network, dict(zip(order, gains, strict=True)))
     monkeypatch.setattr(module, "run_times", clock.time)
-    found = repair(
-        network, chosen, clock.build, {}, seconds=60.0, progress=SilentProgress()
-    )
+    found = repair(network, chosen, clock.build, {}, seconds=60.0, progress=SilentProgress())
     assert found.chosen == {order[k] for k in kept}
     assert found.timed > 0
 

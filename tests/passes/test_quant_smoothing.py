@@ -72,9 +72,7 @@ _FEEDS = {"ids": np.random.default_rng(7).integers(0, 400, (2, 6))}
 
 @pytest.mark.parametrize("style", ["layer_norm", "rms_norm", "post_norm"])
 @pytest.mark.parametrize("static", [False, True])
-def test_outliers_of_norms_are_moved_into_weights(
-    style: str, static: bool, tmp_path: Path
-) -> None:
+def test_outliers_of_norms_are_moved_into_weights(style: str, static: bool, tmp_path: Path) -> None:
     model = _feed_forward(style, static=static)
     reference, before = model_io.clone(model), interface(model)
     plain = model_io.clone(model)

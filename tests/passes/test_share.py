@@ -14,10 +14,17 @@ from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.errors import UsageError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.interface import input_specs
-from onnxcompress.passes.base import PassReport
-from onnxcompress.passes.share import share_pass
-from onnxcompress.passes.share import Assign, Codebook, Merge, Packing, ShareOptions, SharePass
 from onnxcompress.passes._packing import bits_for, planes, stored_bytes
+from onnxcompress.passes.base import PassReport
+from onnxcompress.passes.share import (
+    Assign,
+    Codebook,
+    Merge,
+    Packing,
+    ShareOptions,
+    SharePass,
+    share_pass,
+)
 from onnxcompress.runtime import optimized_graph
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import FIXTURES, Fixture, fixture
@@ -29,7 +36,6 @@ HERE = Path()  # the fixture below makes it a temporary folder
 @pytest.fixture(autouse=True)
 def _in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
 
 
 @pytest.fixture
@@ -202,9 +208,7 @@ def test_feedback_brings_outputs_nearer(name: str, steps: int) -> None:
         copy = model.clone()
         report = share(copy, how, data)
         found = run_model(copy, feeds)
-        errors.append(
-            sum(squares(found[n], a) / squares(a) for n, a in expected.items())
-        )
+        errors.append(sum(squares(found[n], a) / squares(a) for n, a in expected.items()))
     assert report.figures["assigned_with_feedback"]
     assert errors[1] < 0.7 * errors[0]
 

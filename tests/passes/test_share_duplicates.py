@@ -127,8 +127,11 @@ def test_the_same_numbers_in_another_shape() -> None:
     x = b.input("x", ["batch", 8])
     pairs = RNG.normal(size=(8, 36)).astype(np.float32)
     first = b.op("MatMul", x, b.constant(pairs, "a"))
-    second = b.op("MatMul", b.op("MatMul", x, b.constant(pairs.reshape(8, 36).copy(), "c")),
-                  b.constant(pairs.reshape(36, 8).copy(), "b"))
+    second = b.op(
+        "MatMul",
+        b.op("MatMul", x, b.constant(pairs.reshape(8, 36).copy(), "c")),
+        b.constant(pairs.reshape(36, 8).copy(), "b"),
+    )
     b.output(first)
     b.output(second)
     found, error = merged(finished(b))

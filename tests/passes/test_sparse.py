@@ -88,9 +88,7 @@ def test_recovery_and_correlated_inputs(tmp_path: Path) -> None:
     expected = run_model(model, feeds)
     errors = {}
     for recover in (False, True):
-        made, _ = _thin(
-            model, data, tmp_path, importance="obs", recover=recover, include=("w1",)
-        )
+        made, _ = _thin(model, data, tmp_path, importance="obs", recover=recover, include=("w1",))
         assert _density(made, "w1") <= 0.5
         errors[recover] = largest_error(run_model(made, feeds), expected)
     assert errors[True] < 0.5 * errors[False]

@@ -226,7 +226,9 @@ def test_alignment_is_kept(tmp_path: Path) -> None:
     result, report = factorized(model, replace(PLAIN, params=0.7, align=4), tmp_path)
     assert report.changes
     ranks = [
-        v.shape[1] for n, v in result.graph.initializers.items() if n.endswith("svd_first") and v.shape
+        v.shape[1]
+        for n, v in result.graph.initializers.items()
+        if n.endswith("svd_first") and v.shape
     ]
     assert ranks
     assert all(isinstance(r, int) and r % 4 == 0 for r in ranks)
@@ -306,7 +308,7 @@ def test_the_plan_names_the_layers_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_odd_graphs_stay_valid(tmp_path: Path) -> None:
-    """Weights that are outputs, layers that are outputs, no batch axis, weights among the inputs."""
+    """Weights and layers that are outputs, no batch axis, weights among the inputs."""
     b = ModelBuilder("svd_odd")
     x = b.input("x", [4, 12])
     w = b.weight(12, 12, name="exported")

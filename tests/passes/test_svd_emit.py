@@ -194,15 +194,16 @@ REFUSED: dict[str, tuple[str, Callable[[ModelBuilder, str], str]]] = {
     ),
     "beta": (
         "beta",
-        lambda b, x: b.op(
-            "Gemm", b.op("Flatten", x), b.weight(144, 6), b.weight(6), beta=0.5
-        ),
+        lambda b, x: b.op("Gemm", b.op("Flatten", x), b.weight(144, 6), b.weight(6), beta=0.5),
     ),
     "transposed_data": (
         "transA",
         lambda b, x: b.op("Gemm", b.op("Flatten", x), b.weight(2, 6), transA=1),
     ),
-    "not_rows": ("whole rows", lambda b, x: b.op("Gather", b.weight(6, 6), b.op("Cast", x, to=7), axis=1)),
+    "not_rows": (
+        "whole rows",
+        lambda b, x: b.op("Gather", b.weight(6, 6), b.op("Cast", x, to=7), axis=1),
+    ),
 }
 
 

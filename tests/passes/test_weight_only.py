@@ -13,9 +13,9 @@ from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.errors import UsageError
 from onnxcompress.interface import input_specs
+from onnxcompress.passes._layout import Layout, row_axes
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.weight_only import Format, Rounding, WeightOnlyOptions, WeightOnlyPass
-from onnxcompress.passes._layout import Layout, row_axes
 from onnxcompress.runtime import optimized_graph
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import FIXTURES, Fixture, fixture

@@ -133,7 +133,9 @@ def _ranges(model: ir.Model, ctx: PassContext) -> dict[str, float]:
     ]
     names += [v.name or "" for v in model.graph.inputs if v.dtype == FLOAT]
     requests = {name: RangeRequest(name) for name in names}
-    found = ctx.collect(model, requests.values(), description="looking for overflow in float16", finite_only=True)
+    found = ctx.collect(
+        model, requests.values(), description="looking for overflow in float16", finite_only=True
+    )
     return {
         name: max(-float(found[r].minimum), float(found[r].maximum)) if r in found else math.inf
         for name, r in requests.items()

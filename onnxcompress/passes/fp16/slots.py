@@ -72,5 +72,6 @@ def slots_of(node: ir.Node, opset: int) -> Slots | str:
 
 
 def has_subgraph(node: ir.Node) -> bool:
+    """Whether ``node`` is control flow."""
     kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     return any(a.type in kinds for a in node.attributes.values())

@@ -6,8 +6,8 @@ for the current output ``ŷ`` the target
 
     t = y₀ where l < y₀ < h,   min(ŷ, l) where y₀ ≤ l,   max(ŷ, h) where y₀ ≥ h
 
-has ``|f(y₀) - f(y)| ≤ |t - y|`` at ``y = ŷ`` with the least possible right side. Fitting to ``t`` and
-computing ``t`` anew lowers a bound of the error in every turn (majorization).
+has ``|f(y₀) - f(y)| ≤ |t - y|`` at ``y = ŷ`` with the least possible right side. Fitting to ``t``
+and computing ``t`` anew lowers a bound of the error in every turn (majorization).
 
 Source: Zhang et al. 2016, "Accelerating very deep convolutional networks for classification and
 detection" (the nonlinear case).

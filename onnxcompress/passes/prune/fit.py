@@ -200,9 +200,7 @@ class Fitting:
         return chosen
 
 
-def choose(
-    folds: Sequence[Moments], prior: Array, bias: Array, ridge: float
-) -> float | None:
+def choose(folds: Sequence[Moments], prior: Array, bias: Array, ridge: float) -> float | None:
     """The ridge whose weights serve samples best that they were not fitted to.
 
     Infinite stands for the old weights with a new bias, None for no change at all.

@@ -157,7 +157,9 @@ class PruneOptions(PassOptions):
     @property
     def asks_for_budget(self) -> bool:
         """Whether the user named a budget."""
-        return self.latency is not None or any(getattr(self, measure.value) is not None for measure in Measure)
+        return self.latency is not None or any(
+            getattr(self, measure.value) is not None for measure in Measure
+        )
 
     @property
     def budget(self) -> Budget:

@@ -22,20 +22,20 @@ from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.graph.labels import analyse
 from onnxcompress.graph.naming import Namer
 from onnxcompress.graph.surgery import remove
-from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
+from onnxcompress.passes.base import Change, PassReport, Skip, Stage
 from onnxcompress.passes.prune.budget import remaining
 from onnxcompress.passes.prune.consumers import Layers, UnsupportedError, consumer_of
+from onnxcompress.passes.prune.jobs import Refit
 from onnxcompress.passes.prune.latency import Clock, plan_in_time
 from onnxcompress.passes.prune.options import Importance, PruneOptions
-from onnxcompress.passes.prune.jobs import Refit
 from onnxcompress.passes.prune.recover import Recovery, recover
-from onnxcompress.passes.prune.states import state_notes
 from onnxcompress.passes.prune.score import (
     Ranking,
     rank_with_data,
     rank_without_data,
 )
+from onnxcompress.passes.prune.states import state_notes
 
 Indices = npt.NDArray[np.int64]
 
@@ -224,9 +224,7 @@ class _Work:
             curves.append(Curve(ranking.group.index, counts, losses))
 
         def plan_for(share: float) -> dict[int, Indices]:
-            return taken(
-                allocate(curves, lambda counts: left(taken(counts)), share, exchange=True)
-            )
+            return taken(allocate(curves, lambda counts: left(taken(counts)), share, exchange=True))
 
         name = budget.measure.value
         if self.options.latency is not None and rankings:
@@ -253,10 +251,7 @@ class _Work:
         possible = np.ceil(reached * 100) / 100
         hint = "Lower prune.min_kept or prune.align, or leave the pass out."
         if possible < 1:
-            hint = (
-                f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept "
-                "or prune.align."
-            )
+            hint = f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept or prune.align."
         raise PassError("prune", message, hint=hint)
 
     def removals(self, rankings: Sequence[Ranking], removed: Mapping[int, Indices]) -> list[Change]:
@@ -423,8 +418,9 @@ def _row_notes(refits: Sequence[Refit]) -> list[str]:
         return []
     worst = min(few, key=lambda r: r.rows_per_column)
     return [
-        f"{len(few)} layer{'s were' if len(few) > 1 else ' was'} refitted from fewer than 10 rows per input (least: "
-        f"{worst.rows_per_column:.1f} at '{worst.consumer.node}'); more samples would help."
+        f"{len(few)} layer{'s were' if len(few) > 1 else ' was'} refitted from fewer than 10 rows "
+        f"per input (least: {worst.rows_per_column:.1f} at '{worst.consumer.node}'); "
+        "more samples would help."
     ]
 
 

@@ -29,12 +29,12 @@ from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
+from onnxcompress.passes.prune.budget import Removed
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.prune.fit import FOLDS, Fitting, fold_count
 from onnxcompress.passes.prune.jobs import Job, Refit, jobs_of
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.rows import RowSource
-from onnxcompress.passes.prune.budget import Removed
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
 from onnxcompress.passes.prune.stream import Stream
@@ -137,9 +137,7 @@ class _Running:
     Where a batch finds no memory, or the model refuses it, they start again with half of it.
     """
 
-    def __init__(
-        self, both: _Both, wanted: Sequence[Sequence[str]], ctx: PassContext
-    ) -> None:
+    def __init__(self, both: _Both, wanted: Sequence[Sequence[str]], ctx: PassContext) -> None:
         if ctx.calibration is None:
             raise DataError("recovery needs calibration data and the job has none")
         self._both, self._ctx, self._data = both, ctx, ctx.calibration

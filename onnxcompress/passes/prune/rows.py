@@ -48,7 +48,9 @@ class Pairs:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.x.nbytes + self.y.nbytes + (0 if self.shortcut is None else self.shortcut.nbytes)
+        return (
+            self.x.nbytes + self.y.nbytes + (0 if self.shortcut is None else self.shortcut.nbytes)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,9 @@ class RowSource:
                     )
             yield pairs
 
-    def _drawn(self, feeds: RunFeeds, found: Mapping[str, npt.NDArray[np.generic]], fold: int) -> Pairs:
+    def _drawn(
+        self, feeds: RunFeeds, found: Mapping[str, npt.NDArray[np.generic]], fold: int
+    ) -> Pairs:
         plan = self._plan
         y = _axis_last(_floating(found[plan.total]), plan.axis)
         rows = _chosen(feeds, len(y), plan.max_rows)

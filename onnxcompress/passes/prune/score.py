@@ -4,7 +4,8 @@ With calibration data the consumers of a group become blocks of the elimination 
 :mod:`onnxcompress.numerics.least_squares`; its error curve has the right shape but not the right
 height, for an error in one layer can matter more to the model's outputs than the same error in
 another. So each curve is scaled by measurements: the error of the model's outputs when a quarter
-and when half of this group alone is removed. Without data the curves are sums of squared normalized magnitudes.
+and when half of this group alone is removed. Without data the curves are sums of squared normalized
+magnitudes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.calibration.dataset import Dataset
 from onnxcompress.calibration.statistics import ConvUnfold, MomentsRequest, Statistics
 from onnxcompress.context import PassContext
-from onnxcompress.errors import DataError, ModelError
+from onnxcompress.errors import DataError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.graph.coupling import Coupling, Group, Sink, Source
 from onnxcompress.graph.surgery import mask
@@ -36,7 +36,6 @@ from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer
 from onnxcompress.passes.prune.options import Importance, PruneOptions
 from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import split
-from onnxcompress.runtime import open_session
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

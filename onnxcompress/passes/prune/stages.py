@@ -42,7 +42,7 @@ def reads(node: ir.Node) -> list[ir.Value]:
                 if attribute.type == ir.AttributeType.GRAPH:
                     inner.update(attribute.as_graph().inputs)
             found.update({v: None for v in own.inputs if v is not None})
-        found.update({v: None for v in graph.outputs})
+        found.update(dict.fromkeys(graph.outputs))
     return [v for v in found if v not in inner]
 
 

@@ -34,8 +34,8 @@ from onnxcompress.passes.quant.options import (
     Format,
     QuantOptions,
     RangeMethod,
-    Scales,
     Rounding,
+    Scales,
 )
 from onnxcompress.passes.quant.parameters import (
     Layer,
@@ -49,7 +49,6 @@ from onnxcompress.passes.quant.qoperator import write_operators
 from onnxcompress.passes.quant.variants import Kit
 from onnxcompress.runtime import SessionSettings
 from onnxcompress.search.reference import Reference
-
 
 _ENDLESS = (
     "it meets a tensor with infinite values or NaN, as masks have, which integers cannot hold"
@@ -218,7 +217,7 @@ class Builder:
     def _calibrated(
         self, plan: Plan, method: RangeMethod, wide: frozenset[str], ctx: PassContext
     ) -> Built:
-        """The model with one way of choosing ranges, its biases corrected on the data of ``ctx``."""
+        """The model with one way of choosing ranges, biases corrected on the data of ``ctx``."""
         groups = make_groups(self.network, plan, self._measured.ranges)
         affines = choose_affines(self._measured, groups, self._grid, method)
         wides = range_affines(groups, wide_grid(self._grid))

@@ -35,7 +35,7 @@ _WORTH_A_LOOK = 300.0
 
 _LEAST_EQUALIZATION_DB = 3.0
 """What it must gain with nearest rounding: below, error feedback and corrected biases make up for
-what it gains (see docs/adr/0021-equalize-seldom.md)."""
+what it gains (see docs/adr/0010-equalize-seldom.md)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

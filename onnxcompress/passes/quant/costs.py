@@ -3,9 +3,10 @@
 Lost time is estimated in multiply-accumulates (MACs): those of the nodes, which integers do about
 twice as fast, and for each value that changes between float and integer 12 per element and 1e5 for
 the operator (chains of six convolutions of 64 to 256 channels with onnxruntime 1.31.1 on AVX-512
-VNNI: integers save 0.0116 to 0.0144 ns per MAC, a change costs 10 to 16 MACs per element). Two neighbours in float share the change between them, so the cost of a set is not the
-sum of its nodes'. Lost bytes are exact: three of four bytes of each weight come back in float, one
-of two in float16, none with 16-bit activations. Where bytes are equal the estimated time decides.
+VNNI: integers save 0.0116 to 0.0144 ns per MAC, a change costs 10 to 16 MACs per element). Two
+neighbours in float share the change between them, so the cost of a set is not the sum of its
+nodes'. Lost bytes are exact: three of four bytes of each weight come back in float, one of two in
+float16, none with 16-bit activations. Where bytes are equal the estimated time decides.
 """
 
 from __future__ import annotations

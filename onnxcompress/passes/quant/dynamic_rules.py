@@ -22,8 +22,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of, constant_tensor
-from onnxcompress.passes.quant.operators import attribute
 from onnxcompress.passes._layout import row_axes
+from onnxcompress.passes.quant.operators import attribute
 
 MIN_ELEMENTS = 1024
 """Smaller weights stay float: rounding their data costs more than the product."""

@@ -25,6 +25,7 @@ from onnxcompress.graph.constants import Array, constant_of, set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics import blockwise
 from onnxcompress.numerics.affine import Affine, Grid, quantize, weight_affine
+from onnxcompress.passes._layout import Layout, row_axes
 from onnxcompress.passes.quant.dynamic_rules import (
     FloatMatrix,
     Form,
@@ -32,7 +33,6 @@ from onnxcompress.passes.quant.dynamic_rules import (
     product_of,
     weight_places,
 )
-from onnxcompress.passes._layout import Layout, row_axes
 
 _MICROSOFT = "com.microsoft"
 _BLOCK_LENGTHS = (128, 64, 32)

@@ -62,9 +62,9 @@ def placement_key(
         for name, value in sorted(graph.initializers.items()):
             tensor = value.const_value
             add(name, value.dtype, value.shape)
-            if tensor is not None and tensor.dtype != ir.DataType.STRING:
-                if tensor.nbytes <= _SMALL_BYTES:
-                    digest.update(tensor.tobytes())
+            stored = tensor is not None and tensor.dtype != ir.DataType.STRING
+            if tensor is not None and stored and tensor.nbytes <= _SMALL_BYTES:
+                digest.update(tensor.tobytes())
         for node in graph:
             add(node.domain, node.op_type, node.name, *(_said(a) for a in node.attributes.values()))
             add(*(v.name if v is not None else "" for v in (*node.inputs, *node.outputs)))

@@ -193,7 +193,7 @@ class Mixer:
             lifted = self._cheapest(bench, aim.goals, gains, costs, precisions)
             mixed, lifted = self._calibrated(plain, aim, gains, lifted, precisions[-1])
         if mixed is None:
-            lifted = {name: Precision.FLOAT for name in ratios}
+            lifted = dict.fromkeys(ratios, Precision.FLOAT)
         rows = [replace(row, precision=lifted.get(row.node, Precision.INT8).value) for row in rows]
         self._figures |= {
             "nodes_lifted": len(lifted),
@@ -231,9 +231,9 @@ class Mixer:
         )
         if bounds.nodes < len(nodes):
             self._notes.append(
-                f"Of {len(nodes)} nodes on integers the sensitivity of {bounds.nodes} was measured, "
-                "those whose own output loses most (sensitivity_nodes bounds them, and the size of "
-                "the model)."
+                f"Of {len(nodes)} nodes on integers the sensitivity of {bounds.nodes} was "
+                "measured, those whose own output loses most (sensitivity_nodes bounds them, and "
+                "the size of the model)."
             )
         nodes = tuple(sorted(nodes, key=lambda n: (ratios.get(n, _UNKNOWN_DB), n)))[: bounds.nodes]
         wanted = [

@@ -23,8 +23,8 @@ from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
 from onnxcompress.passes.quant.dynamic import NOT_FASTER, Static, add_dynamic, plan_dynamic
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
-from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
+from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
 from onnxcompress.passes.quant.options import (
     Activations,
@@ -519,10 +519,10 @@ class _Run:
                     f"performed by the scale of '{node}'",
                 )
             )
-        for name in sorted(built.halves):
-            changes.append(
-                Change(name, network.nodes[name].op_type, "weights stored in float16, for accuracy")
-            )
+        changes.extend(
+            Change(name, network.nodes[name].op_type, "weights stored in float16, for accuracy")
+            for name in sorted(built.halves)
+        )
         for name, precision in mixed.lifted.items():
             if precision is Precision.FLOAT:
                 self._reject([name], "lifted to float: the limits on the outputs need it")

@@ -8,6 +8,7 @@ any more.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Repair:
 
 
 def regions(network: Network, plan: Plan) -> list[tuple[str, ...]]:
-    """Nodes of a plan that pass integers to each other, each group and the groups in graph order."""
+    """Nodes of a plan that pass integers to each other; groups and nodes in graph order."""
     makers = {network.result(network.nodes[n]).name: n for n in plan.nodes}
     leaders: dict[str, str] = {}
 
@@ -73,9 +74,7 @@ def parts(network: Network, plan: Plan) -> list[frozenset[str]]:
         count = min(_PARTS, len(weighted))
         if count > 1:
             cuts = [round(k * len(weighted) / count) for k in range(count + 1)]
-            found += [
-                frozenset(weighted[low:high]) for low, high in zip(cuts, cuts[1:], strict=False)
-            ]
+            found += [frozenset(weighted[low:high]) for low, high in itertools.pairwise(cuts)]
     joining = [n for n in plan.nodes if network.rule(n).kind is Kind.JOINING]
     if joining:
         found.append(frozenset(joining))

@@ -282,7 +282,9 @@ def _factor(source: Array, target: Array) -> Array | None:
         Rank 0, or [1, .., n, .., 1]; None if ``target`` is no multiple.
     """
     first, second = source.astype(np.float64), target.astype(np.float64)
-    if not (np.isfinite(first).all() and np.isfinite(second).all()) or not (first.any() and second.any()):
+    if not (np.isfinite(first).all() and np.isfinite(second).all()) or not (
+        first.any() and second.any()
+    ):
         return None
     axes_kept: list[tuple[int, ...]] = [()]
     axes_kept += [(a,) for a in range(first.ndim) if 1 < first.shape[a] < first.size]
@@ -304,7 +306,9 @@ def _factor(source: Array, target: Array) -> Array | None:
     return None
 
 
-def _may_be(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], kept: tuple[int, ...]) -> bool:
+def _may_be(
+    first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], kept: tuple[int, ...]
+) -> bool:
     """Cheaply: whether a few elements have one ratio (per position of the axis in ``kept``)."""
     axis = kept[0] if kept else 0
     rows = np.moveaxis(first, axis, 0) if kept else first.reshape(1, -1)

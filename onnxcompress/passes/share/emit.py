@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.graph.constants import set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.passes._foldable import Chain
+from onnxcompress.passes._packing import NIBBLE_OPSET, Plane, bits_for, planes, stored_bytes
 from onnxcompress.passes.share.fit import Fitted, vector_length
 from onnxcompress.passes.share.options import Packing, ShareOptions
-from onnxcompress.passes._packing import NIBBLE_OPSET, Plane, bits_for, planes, stored_bytes
 from onnxcompress.passes.share.select import Weight
 
 Array = npt.NDArray[np.generic]

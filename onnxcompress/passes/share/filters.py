@@ -1,8 +1,8 @@
 """Merge filters that compute the same: one does the work, and its readers weigh it for both.
 
 If everything that makes unit ``j`` of a group of coupled channels (filters, biases, factors of
-normalizations) equals what makes unit ``i``, then ``x_j = x_i``, and every layer that reads them can
-do without ``j``:
+normalizations) equals what makes unit ``i``, then ``x_j = x_i``, and every layer that reads them
+can do without ``j``:
 
     W_i x_i + W_j x_j = (W_i + W_j) x_i
 
@@ -85,7 +85,9 @@ def _initializers(model: ir.Model) -> list[ir.Value]:
 
 def _read_cuts(group: Group) -> set[tuple[str, int]]:
     """Axes of initializers on which the group is summed over."""
-    return {(s.weight, s.weight_axis) for s in group.sinks if s.weight and s.weight_axis is not None}
+    return {
+        (s.weight, s.weight_axis) for s in group.sinks if s.weight and s.weight_axis is not None
+    }
 
 
 def _obstacle(

@@ -198,9 +198,7 @@ def fit_one(
         )
     else:
         snap = None if weight.scale is None else _integer_levels(weight)
-        fitting = Fitting(
-            1 << bits, options.group, options.scales, feedback, snap=snap
-        )
+        fitting = Fitting(1 << bits, options.group, options.scales, feedback, snap=snap)
         coded = codebook.fit(matrix, moments, fitting, scale=weight.scale)
     exact = matrix.astype(np.float64)
     noise = float(coded.error(exact, moments).sum())

@@ -53,8 +53,8 @@ class ShareOptions(PassOptions):
     )
     filters: float | None = option(
         None,
-        "merge filters (channels, neurons) whose constants differ by this relative distance at most, "
-        "and add up the weights that read them; 0: equal ones only; none: do not",
+        "merge filters (channels, neurons) whose constants differ by this relative distance at "
+        "most, and add up the weights that read them; 0: equal ones only; none: do not",
         minimum=0.0,
         maximum=1.0,
     )
@@ -100,11 +100,7 @@ class ShareOptions(PassOptions):
             UsageError: If a value is out of its bounds or options contradict each other.
         """
         PassOptions.validate(self, owner)
-        if (
-            self.merge is Merge.NONE
-            and self.codebook is Codebook.NONE
-            and self.filters is None
-        ):
+        if self.merge is Merge.NONE and self.codebook is Codebook.NONE and self.filters is None:
             raise UsageError(
                 f"{owner}.merge=none and {owner}.codebook=none leave nothing to do",
                 hint=f"Drop the pass '{owner}' or one of the options.",

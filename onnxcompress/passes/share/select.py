@@ -11,9 +11,9 @@ import onnx_ir as ir
 from onnxcompress.calibration.statistics import MomentsRequest
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes._inputs import moment_requests
+from onnxcompress.passes._layout import Layout
 from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout, rows_of
 from onnxcompress.passes.share.options import ShareOptions
-from onnxcompress.passes._layout import Layout
 
 Float32 = npt.NDArray[np.float32]
 

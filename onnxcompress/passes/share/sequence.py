@@ -7,8 +7,9 @@ those ``x``,
 
     W', b' = argmin E‖y - W x - b‖² + ρ‖W - W₀‖²
 
-(only where no other layer of the step lies upstream) with ``ρ`` chosen on held-out samples, and the codebook then follows ``W'`` in the norm of ``Cov(x)``:
-the error ``E‖y - Ŵx - b‖²`` is that of ``W'`` plus ``tr (W' - Ŵ) Cov(x) (W' - Ŵ)ᵀ``.
+(only where no other layer of the step lies upstream) with ``ρ`` chosen on held-out samples, and the
+codebook then follows ``W'`` in the norm of ``Cov(x)``: the error ``E‖y - Ŵx - b‖²`` is that of
+``W'`` plus ``tr (W' - Ŵ) Cov(x) (W' - Ŵ)ᵀ``.
 
 Source: He et al. 2017, "Channel pruning for accelerating very deep networks" (asymmetric,
 sequential reconstruction).
@@ -17,6 +18,7 @@ sequential reconstruction).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,7 +95,10 @@ def fit_in_steps(
         text = f"share: fitting codebooks, step {number} of {options.steps}"
         results = [
             dataclasses.replace(ctx, calibration=part).collect(
-                model, [one.request for one in found.values()], reference=reference, description=text
+                model,
+                [one.request for one in found.values()],
+                reference=reference,
+                description=text,
             )
             for part in parts
         ]
@@ -115,7 +120,7 @@ def _treatable(weight: Weight, layers: Mapping[str, Consumer]) -> bool:
 def _steps(order: Sequence[str], count: int) -> list[Sequence[str]]:
     """The layers in ``count`` runs of about equal length."""
     bounds = np.linspace(0, len(order), min(count, len(order)) + 1).round().astype(int)
-    return [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+    return [order[a:b] for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def _layer(

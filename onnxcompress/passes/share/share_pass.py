@@ -11,6 +11,7 @@ from onnxcompress import model_io
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import ModelError
+from onnxcompress.passes._packing import NIBBLE_OPSET, bits_for, planes
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.share.duplicates import Merged, merge_duplicates
@@ -18,9 +19,8 @@ from onnxcompress.passes.share.emit import Emitter, stored_size
 from onnxcompress.passes.share.filters import MergedFilters, merge_filters
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_all
 from onnxcompress.passes.share.options import Assign, Codebook, Merge, Packing, ShareOptions
-from onnxcompress.passes._packing import NIBBLE_OPSET, bits_for, planes
-from onnxcompress.passes.share.sequence import fit_in_steps
 from onnxcompress.passes.share.select import Selection, Weight, select
+from onnxcompress.passes.share.sequence import fit_in_steps
 from onnxcompress.runtime import optimized_graph
 
 
@@ -88,7 +88,9 @@ class SharePass:
                 "assigned_with_feedback": sum(one.fed for one in fitted),
                 "biases_corrected": sum(one.shift is not None for one in fitted),
                 "weight_bytes_before": sum(one.weight.nbytes for one in fitted),
-                "weight_bytes_after": sum(stored_size(o.weight, self.options, bits_for(o.level_count)) for o in fitted),
+                "weight_bytes_after": sum(
+                    stored_size(o.weight, self.options, bits_for(o.level_count)) for o in fitted
+                ),
             },
             notes=notes,
         )
@@ -191,6 +193,3 @@ def _folded(model: ir.Model, names: Sequence[str], ctx: PassContext) -> tuple[st
         "Codebooks are expanded when a session is made: loading takes longer and more memory, "
         "running does not.",
     )
-
-
-

@@ -15,9 +15,9 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics import sparsity
 from onnxcompress.passes._inputs import moment_requests
+from onnxcompress.passes._layout import Layout
 from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout
 from onnxcompress.passes.sparse.options import Importance, SparseOptions
-from onnxcompress.passes._layout import Layout
 
 Float64 = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

@@ -57,7 +57,7 @@ class SparseOptions(PassOptions):
     recover: bool = option(True, "let the weights that stay make up for those that go (SparseGPT)")
     scope: Scope = option(
         Scope.GLOBAL,
-        "global: layers share one budget, by what their outputs lose; layer: the same share in each",
+        "global: layers share one budget, by what outputs lose; layer: the same share in each",
     )
     include: tuple[str, ...] = option(
         (), "treat only weights whose name, or whose node's, matches a pattern (* ? [..])"

@@ -99,10 +99,12 @@ class SparsePass:
                 made = self._thinned(layer, weight, moments, keep.get(layer.name), ctx.seed)
                 layer.store(made)
                 left = int(np.count_nonzero(made))
-                kept, total, unmeasured = kept + left, total + made.size, unmeasured + (moments is None)
-                changes.append(
-                    Change(layer.name, "", f"{left} of {made.size} weights left")
+                kept, total, unmeasured = (
+                    kept + left,
+                    total + made.size,
+                    unmeasured + (moments is None),
                 )
+                changes.append(Change(layer.name, "", f"{left} of {made.size} weights left"))
                 task.advance()
         figures: dict[str, float | int | str] = {}
         if total:

@@ -5,7 +5,7 @@
                     Conv [r, C, h, 1], Conv [O, r, 1, w]          spatial form
                     Conv 1x1, Conv [r, s, k..], Conv 1x1          Tucker form
     Gemm            MatMul [D, r], Gemm [O, r] with the bias
-    MatMul          MatMul [.., D, r], MatMul [.., r, O]; [r, D] and [O, r] for a constant on the left
+    MatMul          MatMul [.., D, r], MatMul [.., r, O]; a constant on the left: [r, D], [O, r]
     LSTM, GRU, RNN  MatMul [I, r], then the operator with input weights [.., r]
     Gather          Gather from [V, r], MatMul [r, E]
     ConvTranspose   Conv 1x1, ConvTranspose [r, O, k..]

@@ -2,8 +2,8 @@
 
 An error in a direction that its readers hardly weigh does little harm. The coupling analysis knows
 through activations, pools, reshapes and joins which columns of which weights read an output
-channel. With ``W_r[:, i]`` the columns of reader ``r`` that belong to output ``i`` the readers see an
-error ``e`` as ``eᵀ M e``,
+channel. With ``W_r[:, i]`` the columns of reader ``r`` that belong to output ``i`` the readers see
+an error ``e`` as ``eᵀ M e``,
 
     M = G / mean(diag G) + I,     G_ij = Σ_r <W_r[:, i], W_r[:, j]> / ‖W_r‖²
 

@@ -26,8 +26,8 @@ from onnxcompress.numerics.allocation import Curve, allocate, unit_step
 from onnxcompress.numerics.low_rank import Chain, Form, Metric
 from onnxcompress.passes.base import Skip
 from onnxcompress.passes.prune.options import Budget, Measure
-from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.probe import OutputProbe
+from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.svd.candidates import Candidate, Menu, Places, saved
 from onnxcompress.passes.svd.emit import Writer, bias_vector
 from onnxcompress.passes.svd.importance import output_metrics
@@ -117,9 +117,7 @@ class Planner:
         found = []
         for site in self._sites:
             form = Form.OUTPUT
-            step = unit_step(
-                site.kernel.most(form), 1, self._align, strict=self._options.align > 0
-            )
+            step = unit_step(site.kernel.most(form), 1, self._align, strict=self._options.align > 0)
             least = site.batch * site.kernel.parameters(form, (step,))
             if least < site.parameters and (self._options.embeddings or not _is_table(site)):
                 found.append((site, f"down to {least} of {site.parameters} weights"))
@@ -157,7 +155,11 @@ class Planner:
                 candidate, chains = self._fast(menu, candidate)
             if chains is None:
                 self._skips.append(
-                    Skip(site.node, site.op_type, "a chain is not faster than the layer, by the clock")
+                    Skip(
+                        site.node,
+                        site.op_type,
+                        "a chain is not faster than the layer, by the clock",
+                    )
                 )
                 continue
             bias = self._bias(site, measured, chains)
@@ -248,9 +250,7 @@ class Planner:
         site = menu.site
         whole = menu.dense.macs if budget.measure is Measure.MACS else menu.dense.parameters
         goal = min(1 - budget.kept, 0.9) * whole
-        tried = min(
-            candidates, key=lambda c: abs(saved(menu.dense, c.cost, budget.measure) - goal)
-        )
+        tried = min(candidates, key=lambda c: abs(saved(menu.dense, c.cost, budget.measure) - goal))
         if tried.loss <= 0:
             return 1.0
         chains = menu.chains(tried)

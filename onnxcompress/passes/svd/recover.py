@@ -13,8 +13,9 @@ stays whole takes ``W_LS`` itself.
 
 ``ρ`` is chosen on held-out samples; among the candidates are the original weights themselves
 (``ρ = ∞``), truncated for the inputs as they are now, so that a regression that does not serve
-unseen samples is not used. Where a layer's output is no tensor of the model (the gates inside a recurrent
-operator, the sums of a transposed convolution) the target is ``W₀ x₀`` with the original's inputs.
+unseen samples is not used. Where a layer's output is no tensor of the model (the gates inside a
+recurrent operator, the sums of a transposed convolution) the target is ``W₀ x₀`` with the
+original's inputs.
 
 Source: Izenman 1975, "Reduced-rank regression for the multivariate linear model"; Zhang et al.
 2016, "Accelerating very deep convolutional networks" (asymmetric reconstruction); He et al. 2017.
@@ -37,7 +38,7 @@ from onnxcompress.calibration.statistics import (
 )
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
-from onnxcompress.numerics.least_squares import Moments, regress, residual_energy, approximated
+from onnxcompress.numerics.least_squares import Moments, approximated, regress, residual_energy
 from onnxcompress.numerics.low_rank import Chain, Metric, Spectrum
 from onnxcompress.passes._residual import Flow, residual_target, trace
 from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer, Layers

@@ -12,7 +12,7 @@ from onnxcompress import model_io
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.graph.cost import ModelCost, cost_of
-from onnxcompress.passes.base import Change, PassReport, Skip, Stage
+from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.svd.emit import Writer, Written
 from onnxcompress.passes.svd.options import SvdOptions
 from onnxcompress.passes.svd.planning import Plan, Planner
@@ -94,10 +94,14 @@ class SvdPass:
         options, data = self._options, ctx.calibration
         if data is None:
             changed = dataclasses.replace(options, whiten=False, recover=False)
-            return changed, ctx, [
-                "No calibration data: layers were cut to the largest singular values of their "
-                "weights and nothing was refitted; expect a large loss."
-            ]
+            return (
+                changed,
+                ctx,
+                [
+                    "No calibration data: layers were cut to the largest singular values of their "
+                    "weights and nothing was refitted; expect a large loss."
+                ],
+            )
         notes = []
         if data.synthetic and (options.whiten or options.recover):
             notes.append(
@@ -107,7 +111,6 @@ class SvdPass:
         if options.samples and data.sample_count > options.samples:
             ctx = dataclasses.replace(ctx, calibration=data.take(options.samples))
         return options, ctx, notes
-
 
     @staticmethod
     def _is_faster(model: ir.Model, planner: Planner, plan: Plan) -> bool:
@@ -163,7 +166,8 @@ def _row_notes(refits: list[Refit]) -> list[str]:
     worst = min(few, key=lambda r: r.rows_per_column)
     return [
         f"{len(few)} layer{'s were' if len(few) > 1 else ' was'} refitted from fewer than "
-        f"{_FEW_ROWS} rows per input (least: {worst.rows_per_column:.1f} at '{worst.node}'); more samples would help."
+        f"{_FEW_ROWS} rows per input (least: {worst.rows_per_column:.1f} at '{worst.node}'); more "
+        "samples would help."
     ]
 
 

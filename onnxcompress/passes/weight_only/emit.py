@@ -25,8 +25,8 @@ from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics.blockwise import Blocks, pack
 from onnxcompress.numerics.signs import Signs
 from onnxcompress.passes._foldable import Chain
-from onnxcompress.passes._packing import packed_digits
 from onnxcompress.passes._layout import Layout
+from onnxcompress.passes._packing import packed_digits
 from onnxcompress.passes.weight_only.options import WeightOnlyOptions
 from onnxcompress.passes.weight_only.select import Form, Weight
 
@@ -265,9 +265,7 @@ class Emitter:
         return Chain(self._namer, weight.value, weight.graph, "weights")
 
 
-def _unblocked(
-    chain: Chain, layout: Layout, shape: tuple[int, ...], value: ir.Value
-) -> ir.Value:
+def _unblocked(chain: Chain, layout: Layout, shape: tuple[int, ...], value: ir.Value) -> ir.Value:
     """Bring [R, B, b] = ``shape`` into the form of the weight."""
     rows, count, block = shape
     if count * block != layout.columns:

@@ -27,6 +27,7 @@ Stored: TypeAlias = Blocks | Signs
 _BATCH_BYTES = 512 * 2**20
 """Second moments collected in one pass over the data."""
 
+
 @dataclass(frozen=True, slots=True)
 class Fed:
     """A weight and what to measure for it; no requests if it has to be rounded to nearest."""

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics.blockwise import balanced
-from onnxcompress.passes._weights import Chosen, choose_weights, rows_of
 from onnxcompress.passes._layout import Layout
+from onnxcompress.passes._weights import Chosen, choose_weights, rows_of
 from onnxcompress.passes.weight_only.options import Format, WeightOnlyOptions
 
 INT4_OPSET = 21

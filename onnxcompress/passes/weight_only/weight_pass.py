@@ -17,10 +17,10 @@ from onnxcompress.errors import PassError
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.numerics import signs
 from onnxcompress.numerics.blockwise import fitted
+from onnxcompress.passes._layout import Float32
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage
 from onnxcompress.passes.weight_only.emit import Emitter
 from onnxcompress.passes.weight_only.feedback import Feedback, Stored, batches
-from onnxcompress.passes._layout import Float32
 from onnxcompress.passes.weight_only.options import Rounding, WeightOnlyOptions
 from onnxcompress.passes.weight_only.select import (
     INT4_OPSET,

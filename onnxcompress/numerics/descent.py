@@ -44,6 +44,7 @@ def descend(
     start: FloatArray,
     *,
     sweeps: int = _SWEEPS,
+    least_gain: float = _LEAST_GAIN,
 ) -> FloatArray:
     """Round better than ``start``; no row is worse in the C-norm.
 
@@ -55,6 +56,8 @@ def descend(
             ``(g + 1) * O / G`` use group ``g``.
         start: ``Q`` to begin with, integers in float64, [O, D].
         sweeps: Most turns through the columns.
+        least_gain: A turn that lowers the error by less than this share is the last one; with 0
+            the end is where no change of a single weight is better.
 
     Returns:
         ``Q``, integers in float64, [O, D].
@@ -62,7 +65,7 @@ def descend(
     groups = len(covariance)
     shape = (groups, -1, weight.shape[1])
     parts = [
-        _descend(w, s, grid, c, q, sweeps)
+        _descend(w, s, grid, c, q, sweeps, least_gain)
         for w, s, c, q in zip(
             weight.reshape(shape),
             scale.reshape(groups, -1),
@@ -85,6 +88,7 @@ def _descend(
     covariance: FloatArray,
     start: FloatArray,
     sweeps: int,
+    least_gain: float,
 ) -> FloatArray:
     """One group: [o, D], [o], [D, D], [o, D]."""
     power = np.diagonal(covariance)
@@ -100,7 +104,7 @@ def _descend(
         delta = weight - integers * scale[:, None]
         gradient = delta @ covariance
         error = float(np.einsum("od,od->", gradient, delta))
-        if not error < last * (1 - _LEAST_GAIN):
+        if not error < last * (1 - least_gain):
             break
         last = error
         for first in range(0, columns, _BLOCK):

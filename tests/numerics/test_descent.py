@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.numerics.affine import weight_grid
@@ -49,20 +49,19 @@ def test_it_is_never_worse_than_error_feedback(
     assert made.max() <= GRID.high
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
+@example(seed=3661131, size=12)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12))
 def test_no_single_weight_could_be_better(seed: int, size: int) -> None:
     weight, covariance = _layer(seed, 2, size, 1)
     scale = np.abs(weight).max(axis=1) / 3
-    made = descend(
-        weight, scale, GRID, covariance, round_to_nearest(weight, scale, GRID), sweeps=200
-    )
+    start = round_to_nearest(weight, scale, GRID)
+    made = descend(weight, scale, GRID, covariance, start, sweeps=1000, least_gain=0.0)
     best = _error(weight, scale, made, covariance)
     for column, step in itertools.product(range(size), (-1.0, 1.0)):
         other = made.copy()
         other[:, column] = np.clip(other[:, column] + step, GRID.low, GRID.high)
-        # The last turn may leave a gain below its share of a thousandth.
-        assert (_error(weight, scale, other, covariance) >= best - 2e-3 * best.sum()).all()
+        assert (_error(weight, scale, other, covariance) >= best - 1e-9 * best.sum()).all()
 
 
 def test_it_gains_on_coarse_grids() -> None:

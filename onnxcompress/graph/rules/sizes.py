@@ -168,12 +168,16 @@ def _depth_to_space(t: Trace) -> Outputs:
 
 
 def _space_to_depth(t: Trace) -> Outputs:
-    """Output channel ``(dy · b + dx) · C + c`` comes from channel c."""
+    """Output channel ``(dy · b + dx) · C + c`` (DCR), ``c · b² + dy · b + dx`` (CRD) is of c."""
     data = t.axes(0)
     if data is None or len(data) != 4:
         return [None]
     block = attribute_int(t.node, "blocksize", 1) ** 2
-    return [(data[0], None if data[1] is None else np.tile(data[1], block), None, None)]
+    if data[1] is None:
+        return [(data[0], None, None, None)]
+    depth_first = attribute_text(t.node, "mode", "DCR") == "DCR"
+    labels = np.tile(data[1], block) if depth_first else np.repeat(data[1], block)
+    return [(data[0], labels, None, None)]
 
 
 # --- resampling ----------------------------------------------------------------------------

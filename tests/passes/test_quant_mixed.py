@@ -67,7 +67,8 @@ def _job(work_dir: Path, data: Dataset, gates: Gates | float) -> PassContext:
 
 def _options(**values: object) -> QuantOptions:
     # Smoothing would mend what is planted here.
-    fixed = {"objective": "size", "fallback": "float", "ranges": "minmax", "smooth": "off"}
+    fixed = {"mode": "static", "objective": "size", "fallback": "float"}
+    fixed |= {"ranges": "minmax", "smooth": "off"}
     given_values = {**fixed, **values}
     return QuantOptions.parse(given_values, owner="quant")
 

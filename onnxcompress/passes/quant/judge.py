@@ -26,7 +26,9 @@ from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.correction import sqnr_db
 from onnxcompress.runtime import Array, Session, SessionSettings, open_session
 
-_SAMPLES = 16
+_SAMPLES = 32
+"""Samples to compare outputs on, at even distances over the set: neighbours may be alike."""
+
 _SATURATED_DB = 40.0
 _PER_DB = 0.01
 _PER_BYTES = 0.05
@@ -71,7 +73,7 @@ class Judge:
     ) -> None:
         self.reference = reference
         self._settings = SessionSettings(threads=1)
-        self._feeds = list(samples.take(min(samples.sample_count, _SAMPLES)).batches(1))
+        self._feeds = list(samples.spread(min(samples.sample_count, _SAMPLES)).batches(1))
         self._timed = self._feeds[0] if timed is None else timed
         session = self._open(reference)
         self._wanted = [session.run(feeds) for feeds in self._feeds]

@@ -62,7 +62,10 @@ def _causal_conv(t: Trace) -> Outputs:
         if input_value(t.node, index) is not None:
             axes = t.axes(index)
             channels = t.tie(channels, axes[axis] if axes else None)
-    return [(data[0], channels, None)] * len(t.node.outputs)
+    batch, state = data[0], t.axes(3) if input_value(t.node, 3) is not None else None
+    if state is not None:
+        batch = t.tie(batch, state[0])
+    return [(batch, channels, None)] * len(t.node.outputs)
 
 
 def _tensor_scatter(t: Trace) -> Outputs:

@@ -86,12 +86,19 @@ class SessionSettings:
         low_memory: Trade speed for memory: no arena, no memory patterns, and consumers of a value
             run as soon as they can, so that a value that is only reduced to a statistic is freed
             right away.
+        emulates: The CPU stands in for other hardware: a product whose weights alone are quantized
+            is computed in float, where onnxruntime would round the data to 8 bits to be faster.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int = 0
     optimization: Optimization = Optimization.ALL
     low_memory: bool = False
+    emulates: bool = False
+
+
+_FLOAT_PRODUCTS = "1"
+"""The accuracy level at which MatMulNBits leaves its data in float32."""
 
 
 class Session:
@@ -250,6 +257,8 @@ def _options(settings: SessionSettings) -> ort.SessionOptions:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if settings.emulates:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT_PRODUCTS)
     return options
 
 

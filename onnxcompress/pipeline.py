@@ -161,7 +161,9 @@ def run_recipe(
     schedule = plan_schedule(recipe)
     target = target_by_name(recipe.target)
     settings = SessionSettings(
-        providers=resolve_providers(recipe.provider), threads=recipe.threads or 0
+        providers=resolve_providers(recipe.provider),
+        threads=recipe.threads or 0,
+        emulates=not target.on_cpu,
     )
     clock = _Clock(progress)
     with clock.stage("load"):

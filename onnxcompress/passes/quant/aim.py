@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -52,7 +52,7 @@ def find_aim(model: ir.Model, ctx: PassContext, floor_db: float) -> Aim:
     Raises:
         DataError: If the job has no calibration data.
     """
-    settings = SessionSettings(providers=ctx.session.providers, threads=1)
+    settings = replace(ctx.session, threads=1)
     ours = open_session(model, settings, work_dir=ctx.work_dir)
     macs = max(cost_of(model).macs, 1)
     floor = Goals(Gates(), floor_db)

@@ -123,7 +123,7 @@ class Builder:
         self._grid = wide_grid(grid) if options.activations is Activations.INT16 else grid
         self._weight_grid = weight_grid(reduce_range=target.reduce_range, power_of_two=fixed_point)
         # Accelerators read the Q/DQ pairs themselves; onnxruntime's CPU kernels want the integers.
-        self._integer_moves = target.on_cpu
+        self._on_cpu = target.on_cpu
         self._measured = Measured() if measured is None else measured
         self._asked: set[str] = set(self._measured.covariances)
         self._rounded: dict[str, Layer] = {}
@@ -278,8 +278,8 @@ class Builder:
             per_channel=self._options.per_channel,
             symmetric=self.network.symmetric,
             tied=self.network.tied,
-            integer_moves=self._integer_moves,
-            settings=SessionSettings(providers=self._ctx.session.providers, threads=1),
+            on_cpu=self._on_cpu,
+            settings=replace(self._ctx.session, threads=1),
             reference=reference,
         )
 
@@ -338,7 +338,7 @@ class Builder:
         layers: Mapping[str, Layer],
     ) -> dict[str, str]:
         """Write the plan into ``model``, an equal copy of the float model; see :func:`insert`."""
-        return insert(model, plan, affines, layers, integer_moves=self._integer_moves)
+        return insert(model, plan, affines, layers, on_cpu=self._on_cpu)
 
     def _layers(
         self,

@@ -38,7 +38,7 @@ def insert(
     affines: Mapping[str, Affine],
     layers: Mapping[str, Layer],
     *,
-    integer_moves: bool = True,
+    on_cpu: bool = True,
 ) -> dict[str, str]:
     """Write ``plan`` into ``model``, in place.
 
@@ -47,25 +47,27 @@ def insert(
         plan: The placement.
         affines: The grid of every point.
         layers: The integer weight of every weighted node of the plan.
-        integer_moves: Write moving nodes that need it on integers themselves (see
-            :class:`~onnxcompress.passes.quant.operators.Rule`).
+        on_cpu: Write what onnxruntime's CPU kernels want: moving nodes that need it on integers
+            themselves (see :class:`~onnxcompress.passes.quant.operators.Rule`), and the weights of
+            nodes with 16-bit data, for which there is no integer kernel, as float constants made
+            of the integers at load.
 
     Returns:
         Point to the name of the float value behind its DequantizeLinear, where one is left.
     """
-    return _Writer(model, plan, affines, integer_moves).write(layers)
+    return _Writer(model, plan, affines, on_cpu).write(layers)
 
 
 class _Writer:
     def __init__(
-        self, model: ir.Model, plan: Plan, affines: Mapping[str, Affine], integer_moves: bool
+        self, model: ir.Model, plan: Plan, affines: Mapping[str, Affine], on_cpu: bool
     ) -> None:
         self._model = model
         self._graph = model.graph
         self._namer = Namer(model)
         self._plan = plan
         self._affines = affines
-        self._integer_moves = integer_moves
+        self._on_cpu = on_cpu
         self._nodes = {n.name: n for n in model.graph if n.name}
         self._members = {self._nodes[name] for name in plan.nodes}
         self._parameters: dict[int, tuple[ir.Value, ir.Value]] = {}
@@ -81,7 +83,7 @@ class _Writer:
         values |= {v.name: v for node in self._graph for v in node.outputs}
         for point in self._plan.points:
             self._write_point(values[point], made_by_member=values[point] in produced)
-        if self._integer_moves:
+        if self._on_cpu:
             for name in self._plan.nodes:
                 self._move_on_integers(self._nodes[name])
         for name, layer in layers.items():
@@ -297,26 +299,64 @@ class _Writer:
         affine: Affine,
         axis: int | None,
     ) -> None:
-        """Put ``integers → DequantizeLinear`` into input ``place`` of ``node``."""
+        """Put ``integers → DequantizeLinear`` into input ``place`` of ``node``.
+
+        Before a node with 16-bit data onnxruntime would dequantize at every run, or (1.32) take the
+        pattern for a weight-only product and round the data to 8 bits. So there, on a CPU, the
+        weight is ``(Cast(integers) - z) s``, which onnxruntime computes once, at load.
+        """
         stored = self._constant(f"{name}/quant_integer", np.ascontiguousarray(integers))
-        scale = self._constant(f"{name}/quant_scale", affine.scale)
-        zero = self._constant(f"{name}/quant_zero_point", affine.zero_point)
         real = self._new_value(stored, f"{name}/quant_real", ir.DataType.FLOAT)
-        attributes = {} if axis is None else {"axis": axis}
-        dq = self._node(
-            "DequantizeLinear",
-            [stored, scale, zero],
-            real,
-            f"{name}/quant_dq",
-            attributes=attributes,
+        made = (
+            self._folded(stored, affine, axis, real, name)
+            if self._on_cpu and _has_wide_data(node)
+            else [self._dequantize(stored, affine, axis, real, name)]
         )
-        self._graph.insert_before(node, dq)
+        self._graph.insert_before(node, made)
         if place >= len(node.inputs):
             node.resize_inputs(place + 1)
         old = node.inputs[place]
         node.replace_input_with(place, real)
         if old is not None and old.is_initializer():
             self._replaced.setdefault(old)
+
+    def _dequantize(
+        self, stored: ir.Value, affine: Affine, axis: int | None, real: ir.Value, name: str
+    ) -> ir.Node:
+        """``real = DequantizeLinear(stored)``."""
+        scale = self._constant(f"{name}/quant_scale", affine.scale)
+        zero = self._constant(f"{name}/quant_zero_point", affine.zero_point)
+        attributes = {} if axis is None else {"axis": axis}
+        inputs = [stored, scale, zero]
+        return self._node(
+            "DequantizeLinear", inputs, real, f"{name}/quant_dq", attributes=attributes
+        )
+
+    def _folded(
+        self, stored: ir.Value, affine: Affine, axis: int | None, real: ir.Value, name: str
+    ) -> list[ir.Node]:
+        """``real = (Cast(stored) - z) s``, of constants alone."""
+        rank = 0 if stored.shape is None else len(stored.shape)
+        shape = () if axis is None else tuple(-1 if i == axis else 1 for i in range(rank))
+        value = self._new_value(stored, f"{name}/quant_cast", ir.DataType.FLOAT)
+        to = {"to": int(ir.DataType.FLOAT)}
+        nodes = [self._node("Cast", [stored], value, f"{name}/quant_cast", attributes=to)]
+        if np.any(affine.zero_point):
+            zero = np.reshape(affine.zero_point, shape).astype(np.float32)
+            operands = [value, self._constant(f"{name}/quant_zero_point", zero)]
+            value = self._new_value(stored, f"{name}/quant_centred", ir.DataType.FLOAT)
+            nodes.append(self._node("Sub", operands, value, f"{name}/quant_centre"))
+        scale = self._constant(f"{name}/quant_scale", np.reshape(affine.scale, shape))
+        nodes.append(self._node("Mul", [value, scale], real, f"{name}/quant_multiply"))
+        return nodes
+
+
+def _has_wide_data(node: ir.Node) -> bool:
+    """Whether ``node`` reads 16-bit integers through a DequantizeLinear."""
+    real = _back_to_dequantize(node)
+    dq = None if real is None else real.producer()
+    integers = None if dq is None else dq.inputs[0]
+    return integers is not None and integers.dtype not in _BYTES
 
 
 def _back_to_dequantize(node: ir.Node) -> ir.Value | None:

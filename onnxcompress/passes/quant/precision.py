@@ -4,7 +4,8 @@ What a node is lifted to when 8-bit integers cost too much depends on what gains
 
 - *int16*: 16-bit activations, 8-bit weights. The size of int8 and 256 times finer activations, for
   accelerators that compute so. onnxruntime has no such kernel for CPUs: the node computes in float
-  between a DequantizeLinear and a QuantizeLinear, slower than float.
+  between a DequantizeLinear and a QuantizeLinear, slower than float, with a weight that is made of
+  its integers at load.
 - *float16*: the weight is stored in half precision and computed with in float32, which a ``Cast``
   that onnxruntime performs at load costs nothing: half the size of float at its speed.
 - *float*: as it was.

@@ -47,7 +47,7 @@ class Kit:
         per_channel: One weight scale per output channel.
         symmetric: Whether activations are symmetric.
         tied: Operators whose output must have the scale of their input.
-        integer_moves: See :func:`~onnxcompress.passes.quant.insertion.insert`.
+        on_cpu: See :func:`~onnxcompress.passes.quant.insertion.insert`.
         settings: How to run a version.
         reference: Samples, and what the original makes of them.
     """
@@ -61,7 +61,7 @@ class Kit:
     per_channel: bool
     symmetric: bool
     tied: frozenset[str]
-    integer_moves: bool
+    on_cpu: bool
     settings: SessionSettings
     reference: Reference
 
@@ -128,7 +128,7 @@ class Bench:
             per_channel=kit.per_channel,
         )
         copy = model_io.clone(self._model)
-        insert(copy, plan, affines, layers, integer_moves=kit.integer_moves)
+        insert(copy, plan, affines, layers, on_cpu=kit.on_cpu)
         store_half(copy, {n for n, p in precisions.items() if p is Precision.FLOAT16})
         return copy
 

@@ -129,6 +129,12 @@ recipe_options = _section(
     ),
     _option("--no-simplify", "Do not add the simplify pass.", is_flag=True),
     _option("--no-fold", "Do not add the fold pass.", is_flag=True),
+    _option(
+        "--names",
+        "What is inside the result: 'short' (default) keeps the names of the original and shortens "
+        "those that passes made, 'all' shortens both, 'keep' none.",
+        type=click.Choice(["short", "all", "keep"]),
+    ),
 )
 
 _EVALUATION = (
@@ -305,6 +311,7 @@ def build_recipe(given: Given) -> Recipe:
             "seed",
             "calib_samples",
             "eval_samples",
+            "names",
         )
         if given.get(name) is not None
     }

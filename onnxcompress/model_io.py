@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -35,9 +35,12 @@ from onnxcompress._serialize import (
     root_cause,
     tensor_bytes,
     to_proto,
+    to_small_proto,
     write_tensors,
 )
+from onnxcompress._value_info import drop_inferable
 from onnxcompress.errors import ModelError, OutputError
+from onnxcompress.graph.naming import shorten
 from onnxcompress.opset import OLDEST
 from onnxcompress.runtime import MAX_IR_VERSION, reads_opset
 
@@ -198,8 +201,11 @@ def save(
     *,
     external_data: bool | None = None,
     metadata: Mapping[str, str] | None = None,
+    keep_names: Collection[str] | None = None,
 ) -> None:
     """Write a model, atomically: the old file or the whole new one, whatever happens.
+
+    Types of intermediate values are written only where shape inference does not find them.
 
     Args:
         model: The model; it is not changed, and files that its weights are mapped from are not
@@ -208,6 +214,8 @@ def save(
             weights are mapped from that file).
         external_data: Put weights into a file of their own; None does so above 1.9 GB.
         metadata: Entries to add to the model's metadata_props.
+        keep_names: Names of nodes and values to keep; others inside the model become short
+            (:func:`onnxcompress.graph.naming.shorten`). None keeps all.
 
     Raises:
         OutputError: If it cannot be written there, or does not fit into one file.
@@ -218,6 +226,8 @@ def save(
     copy = clone(model)
     copy.ir_version = ir_version_for(model)
     copy.metadata_props.update(metadata or {})
+    if keep_names is not None:
+        shorten(copy, keep_names)
     try:
         if external:
             data = _data_target(target, model)
@@ -236,7 +246,10 @@ def save(
 
 def _write_message(model: ir.Model, path: Path) -> None:
     try:
-        data = to_proto(model).SerializeToString()
+        proto = to_proto(model)
+        if any(graph.value_info for graph in _guards.graph_protos(proto)):
+            drop_inferable(proto, to_small_proto(model))
+        data = proto.SerializeToString()
     except (EncodeError, ValueError) as error:
         raise OutputError(
             f"the model does not fit into one file, which ends at {_MESSAGE_BYTES} bytes",

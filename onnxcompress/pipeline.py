@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -23,6 +24,7 @@ from onnxcompress.errors import (
     PassError,
     UsageError,
 )
+from onnxcompress.graph.naming import used_names
 from onnxcompress.interface import TensorSpec, input_specs, output_specs
 from onnxcompress.output import check_output, check_sidecar, publish, scratch, staging
 from onnxcompress.passes.base import PassReport
@@ -62,6 +64,7 @@ def compress(
     gates: Gates | None = None,
     simplify: bool = True,
     fold: bool = True,
+    names: Literal["short", "all", "keep"] = "short",
     keep_failed: bool = False,
     dry_run: bool = False,
     measure: bool = True,
@@ -89,6 +92,8 @@ def compress(
         gates: Limits for the result; a default gate when None.
         simplify: Whether to add the simplify pass.
         fold: Whether to add the fold pass.
+        names: What nodes and values inside the result are called: "short" keeps the names of the
+            original and shortens those that passes made, "all" shortens both, "keep" none.
         keep_failed: Write the result even when it fails its verification.
         dry_run: Only say what would be done.
         measure: Whether to measure latency and peak memory.
@@ -122,6 +127,7 @@ def compress(
         gates=gates or Gates(),
         simplify=simplify,
         fold=fold,
+        names=names,
     )
     return run_recipe(
         Path(input_path),
@@ -173,6 +179,7 @@ def run_recipe(
     boundary = _Boundary(input_specs(model), output_specs(model))
     with clock.stage("normalize"):
         notes = (*schedule.notes, *model_io.normalize(model))
+        names = _names_to_keep(recipe, model)
     with scratch() as work_dir:
         with clock.stage("open"):
             open_session(original, settings)  # verification runs it as it is
@@ -214,7 +221,8 @@ def run_recipe(
             )
             with staging(output) as staged:
                 with clock.stage("save"):
-                    model_io.save(model, staged, metadata=_metadata(recipe, original_sha256))
+                    metadata = _metadata(recipe, original_sha256)
+                    model_io.save(model, staged, metadata=metadata, keep_names=names)
                 with clock.stage("verify"):
                     verification = verify_models(
                         original,
@@ -399,6 +407,13 @@ def _pass_run(
         seconds=seconds,
         after=after,
     )
+
+
+def _names_to_keep(recipe: Recipe, model: ir.Model) -> Collection[str] | None:
+    """Names that the result keeps, of a model that no pass has seen; None for all."""
+    if recipe.names == "keep":
+        return None
+    return used_names(model) if recipe.names == "short" else ()
 
 
 def _metadata(recipe: Recipe, original_sha256: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from onnxcompress.calibration.sources import ImageOptions
 from onnxcompress.errors import UsageError
@@ -60,6 +60,8 @@ class Recipe:
         gates: Limits that the result has to keep.
         simplify: Whether to simplify first.
         fold: Whether to fold constants and normalizations first.
+        names: What nodes and values inside the result are called: "short" keeps the names of the
+            original and shortens those that passes made, "all" shortens both, "keep" none.
     """
 
     passes: tuple[str, ...] = ()
@@ -75,6 +77,7 @@ class Recipe:
     gates: Gates = field(default_factory=Gates)
     simplify: bool = True
     fold: bool = True
+    names: Literal["short", "all", "keep"] = "short"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "calib_samples", "eval_samples", "threads"):

@@ -572,3 +572,33 @@ def test_types_of_weights_are_not_written_beside_them(tmp_path: Path) -> None:
     assert stored
     assert not stored & {info.name for info in graph.value_info}
     onnx.checker.check_model(onnx.load(tmp_path / "saved.onnx"), full_check=True)
+
+
+def test_types_that_inference_finds_are_not_written(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
+        m (float[n, 3] x, bool c) => (float[n, 3] y) <float[n, 3] a, float[n, 7] b, float[n, 3] d>
+        { a = Relu(x) b = other.Unknown(a) d = other.Unknown(b)
+          y = If(c) <then_branch = t () => (float[n, 3] p) <float[n, 3] q>
+                     { q = Abs(d) p = Neg(q) },
+                     else_branch = e () => (float[n, 3] p) <float[n, 3] q>
+                     { q = other.Unknown(d) p = Neg(q) }> }"""
+    model = ir.from_onnx_text(text)
+    model_io.save(model, tmp_path / "saved.onnx")
+    graph = onnx.load(tmp_path / "saved.onnx").graph
+    assert [info.name for info in graph.value_info] == ["b", "d"]
+    branches = {a.name: a.g for a in graph.node[-1].attribute}
+    assert [i.name for i in branches["then_branch"].value_info] == []
+    assert [i.name for i in branches["else_branch"].value_info] == ["q"]
+
+
+def test_names_to_keep(tmp_path: Path) -> None:
+    model = linear(tmp_path)
+    model_io.normalize(model)
+    names = [value.name or "" for value in model.graph.initializers.values()]
+    model_io.save(model, tmp_path / "saved.onnx", keep_names=names[:1])
+    written = onnx.load(tmp_path / "saved.onnx").graph
+    assert [t.name for t in written.initializer if t.name in names] == names[:1]
+    assert [v.name for v in (*written.input, *written.output)] == [
+        v.name for v in (*model.graph.inputs, *model.graph.outputs)
+    ]
+    assert [value.name for value in model.graph.initializers.values()] == names  # not changed

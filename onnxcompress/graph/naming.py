@@ -6,6 +6,10 @@ so one set of names covers the values and nodes of the model and of all its subg
 
 from __future__ import annotations
 
+import itertools
+import string
+from collections.abc import Collection, Iterator
+
 import onnx_ir as ir
 
 
@@ -63,3 +67,40 @@ def fresh_name(model: ir.Model, wanted: str) -> str:
     It reads all names of the model; for many insertions use one :class:`Namer`.
     """
     return Namer(model).value(wanted)
+
+
+def shorten(model: ir.Model, kept: Collection[str]) -> int:
+    """Give everything inside ``model`` a short name, except what is called like one of ``kept``.
+
+    Values get names of one to three letters, nodes lose theirs, which ONNX allows. Inputs and
+    outputs of graphs, subgraphs among them, keep their names, and so does what is in functions.
+
+    Args:
+        model: The model to change.
+        kept: Names of nodes and values to keep.
+
+    Returns:
+        How many names were changed.
+    """
+    short = _short_names(used_names(model))
+    changed = 0
+    for graph in model.graphs():
+        boundary = {id(value) for value in (*graph.inputs, *graph.outputs)}
+        made = [*graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+        for value in made:
+            if value.name and value.name not in kept and id(value) not in boundary:
+                value.name = next(short)
+                changed += 1
+        for node in graph:
+            if node.name and node.name not in kept:
+                node.name = ""
+                changed += 1
+    return changed
+
+
+def _short_names(used: Collection[str]) -> Iterator[str]:
+    """``a``, ``b``, ..., ``Z``, ``aa``, ...: all that are not in ``used``."""
+    for length in itertools.count(1):
+        for letters in itertools.product(string.ascii_letters, repeat=length):
+            if (name := "".join(letters)) not in used:
+                yield name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -32,6 +33,36 @@ def test_prune_and_quantize_a_trained_model(models_dir: Path, tmp_path: Path) ->
     assert checked.result.raw_bytes < 0.8 * checked.original.raw_bytes
     assert checked.result.macs < 0.85 * checked.original.macs
     onnx.checker.check_model(str(result.output_path), full_check=True)
+
+
+def test_names_of_what_passes_add_are_short_unless_kept(models_dir: Path, tmp_path: Path) -> None:
+    model = models_dir / "digits_dscnn.onnx"
+    data = np.random.default_rng(0).normal(size=(4, 1, 8, 8)).astype(np.float32)
+    nodes: dict[str, set[str]] = {}
+    weights: dict[str, set[str]] = {}
+    sizes: dict[str, int] = {}
+    for mode in ("short", "keep", "all"):
+        result = compress(
+            model,
+            tmp_path / f"{mode}.onnx",
+            passes=["share"],
+            options={"share": {"assign": "nearest"}},
+            eval=data,
+            names=mode,
+            measure=False,
+        )
+        graph = onnx.load(result.output_path).graph
+        assert "Gather" in {node.op_type for node in graph.node}
+        nodes[mode] = {node.name for node in graph.node}
+        weights[mode] = {tensor.name for tensor in graph.initializer}
+        sizes[mode] = result.output_path.stat().st_size
+    ours = {name for name in nodes["keep"] if "/share_" in name}
+    assert ours
+    assert nodes["short"] == nodes["keep"] - ours | {""}
+    assert nodes["all"] == {""}
+    assert max(map(len, weights["all"])) == 1
+    assert {n for n in weights["keep"] if "/share_" not in n} <= weights["short"]
+    assert sizes["all"] < sizes["short"] < sizes["keep"]
 
 
 def test_a_dry_run_of_the_real_passes_writes_nothing(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcompress.graph.naming import Namer, fresh_name, used_names
+from onnxcompress import model_io
+from onnxcompress.graph.naming import Namer, fresh_name, shorten, used_names
 from tests.fixtures import FIXTURES, Fixture, fixture
+from tests.running import run_model as run
 
 
 def test_a_free_name_is_kept() -> None:
@@ -55,3 +58,40 @@ def test_names_of_functions_are_seen() -> None:
         <opset_import: ["" : 17], domain: "local"> twice (a) => (c) { b = Relu(a) c = Add(b, b) }"""
     used = used_names(ir.from_onnx_text(text))
     assert {"x", "y", "a", "b", "c"} <= used
+
+
+@pytest.mark.parametrize("case", [c for c in FIXTURES if c.runs], ids=str)
+def test_short_names_change_nothing_but_names(case: Fixture) -> None:
+    model = case.build()
+    model_io.normalize(model)
+    before = run(model, case.feeds())
+    kept = {n.name for n in list(model.graph)[::2]} | {n.outputs[0].name for n in model.graph}
+    some = model_io.clone(model)
+    shorten(some, {name for name in kept if name})
+    assert {n.name for n in some.graph} - {""} == {n.name for n in list(model.graph)[::2]}
+    assert [n.outputs[0].name for n in some.graph] == [n.outputs[0].name for n in model.graph]
+    every = model_io.clone(model)
+    assert shorten(every, ()) > 0
+    ends = {v.name for g in every.graphs() for v in (*g.inputs, *g.outputs)}
+    assert all(len(name) <= 3 for name in used_names(every) - ends)
+    for renamed in (some, every):
+        model_io.check(renamed)
+        after = run(renamed, case.feeds())
+        assert after.keys() == before.keys()
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array)
+
+
+def test_short_names_are_unique_where_branches_use_the_same_names() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        m (bool c, float[2] a) => (float[2] y) {
+            long = Neg(a)
+            y = If(c) <then_branch = t () => (float[2] p) { inner = Abs(long) p = Neg(inner) },
+                       else_branch = e () => (float[2] p) { inner = Exp(long) p = Abs(inner) }> }"""
+    model = ir.from_onnx_text(text)
+    model_io.name_nodes(model)
+    feeds = {"c": np.array(False), "a": np.array([1, 2], np.float32)}
+    before = run(model, feeds)["y"]
+    assert shorten(model, ()) == 3 + 6  # long, two times inner, and six nodes
+    assert {"c", "a", "y", "p", "b", "d", "e"} == used_names(model)  # those in use are passed over
+    np.testing.assert_array_equal(run(model, feeds)["y"], before)

@@ -30,8 +30,6 @@ from onnxcompress.passes.base import Change
 
 Array = npt.NDArray[np.generic]
 
-_MIN_BYTES = 64
-"""Smaller constants are shapes and factors: nothing is saved."""
 _MAX_RANK = 5
 """Permutations of more axes are not tried."""
 _NODE_BYTES = 60
@@ -90,7 +88,7 @@ def merge_duplicates(model: ir.Model, *, scaled: bool) -> Merged:
 def _array(value: ir.Value) -> Array | None:
     """The data of a constant that may be replaced."""
     tensor = value.const_value
-    if tensor is None or tensor.nbytes < _MIN_BYTES or not value.uses():
+    if tensor is None or not value.uses():
         return None
     if value.is_graph_output() or value.is_graph_input() or tensor.dtype == ir.DataType.STRING:
         return None

@@ -17,6 +17,7 @@ from onnxcompress.graph.cost import cost_of
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.prune import Importance, PruneOptions, PrunePass
+from onnxcompress.passes.prune.options import Budget, Measure
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import RUNNABLE, Fixture, fixture
 from tests.running import context, interface, largest_error, run_model
@@ -256,10 +257,43 @@ def test_limits_name_how_much_stays_where(tmp_path: Path) -> None:
             PruneOptions.parse({"limits": wrong}, owner="prune")
 
 
+def test_keep_names_what_stays_exactly(tmp_path: Path) -> None:
+    b = ModelBuilder("three_widths")
+    y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 6, 6]), 3, 20))
+    y = b.op("Relu", b.conv(b.op("Relu", b.conv(y, 20, 12)), 12, 10))
+    b.output(b.conv(y, 10, 4))
+    model = normalized(b.build())
+    first, second, third, _ = (n.name or "" for n in model.graph if n.op_type == "Conv")
+    data = dataset(model, samples(model, 24))
+
+    def widths(options: PruneOptions) -> tuple[list[object], PassReport]:
+        result, report = pruned(model, options, tmp_path, data)
+        shapes = [n.outputs[0].shape for n in result.graph if n.op_type == "Conv"]
+        return [s[1] for s in shapes if s is not None], report
+
+    options = PruneOptions(align=1, keep=(f"{first}:0.6", f"{second}:0.5"))
+    assert options.budget is None
+    assert options.steps == 3
+    found, report = widths(options)
+    assert found == [12, 6, 10, 4]
+    reasons = {s.node: s.reason for s in report.skips}
+    assert reasons[third] == "prune.keep does not name it, and there is no budget"
+    # Two patterns that fit: the larger counts. A budget treats the others.
+    found, _ = widths(PruneOptions(align=1, macs=0.4, keep=("*:0", f"{first}:0.61", f"{third}:1")))
+    assert found == [12, 1, 10, 4]
+    found, _ = widths(PruneOptions(align=1, macs=0.45, keep=(f"{first}:0.6",)))
+    assert found[0] == 12
+    assert min(found[1] / 12, found[2] / 10) < 1  # type: ignore[operator]
+    with pytest.raises(UsageError, match="'nowhere' of the pass 'prune' matches nothing"):
+        widths(PruneOptions(keep=("nowhere:0.5",)))
+    with pytest.raises(UsageError, match=r"prune\.keep: 'conv' is not PATTERN:FRACTION"):
+        PruneOptions.parse({"keep": "conv"}, owner="prune")
+
+
 def test_an_empty_budget_is_refused_and_none_is_the_default() -> None:
     with pytest.raises(UsageError, match=r"option prune\.macs has no value"):
         PruneOptions.parse({"macs": ""}, owner="prune")
-    assert PruneOptions.parse({"macs": "none"}, owner="prune").budget.kept == 0.8
+    assert PruneOptions.parse({"macs": "none"}, owner="prune").budget == Budget(Measure.MACS, 0.8)
 
 
 @pytest.mark.parametrize("importance", ["obs", "activation", "l2"])

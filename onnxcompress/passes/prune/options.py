@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import fnmatch
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from onnxcompress.errors import UsageError
@@ -59,7 +59,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How much of some groups always stays.
+    """How much of some groups stays.
 
     Attributes:
         pattern: What a node or weight that makes the units is called; wildcards.
@@ -146,6 +146,11 @@ class PruneOptions(PassOptions):
         "Fractions that stay in place of min_kept, as PATTERN:FRACTION of a node or weight that "
         "makes the channels (conv1*:0.5).",
     )
+    keep: tuple[str, ...] = option(
+        (),
+        "Fractions that stay exactly, outside of any budget, as PATTERN:FRACTION of a node or "
+        "weight that makes the channels (*intermediate*:0.5).",
+    )
     ridge: float = option(
         0.0,
         "Pull towards the original weights, relative to the mean variance of a layer's inputs; 0 "
@@ -162,26 +167,36 @@ class PruneOptions(PassOptions):
         )
 
     @property
-    def budget(self) -> Budget:
-        """The one budget that is set, or the default; a latency is planned for in MACs."""
+    def budget(self) -> Budget | None:
+        """The one budget that is set, else the default, but none beside ``keep``.
+
+        A latency is planned for in MACs.
+        """
         if self.latency is not None:
             return Budget(Measure.MACS, self.latency)
         for measure in Measure:
             kept = getattr(self, measure.value)
             if kept is not None:
                 return Budget(measure, kept)
-        return Budget(Measure.MACS, DEFAULT_KEPT)
+        return None if self.keep else Budget(Measure.MACS, DEFAULT_KEPT)
 
     @property
     def steps(self) -> int:
         """The number of rounds, one for each :data:`ROUND_SHARE` of the model unless given."""
-        return self.rounds or max(1, math.ceil((1 - self.budget.kept) / ROUND_SHARE - 1e-9))
+        budget = self.budget
+        kept = [limit.kept for limit in self.parsed_keep]
+        least = min(kept if budget is None else [budget.kept])
+        return self.rounds or max(1, math.ceil((1 - least) / ROUND_SHARE - 1e-9))
 
     @property
     def parsed_limits(self) -> tuple[Limit, ...]:
         """The entries of ``limits``; valid once :meth:`validate` has passed."""
-        parts = [entry.rpartition(":") for entry in self.limits]
-        return tuple(Limit(pattern, float(kept)) for pattern, _, kept in parts)
+        return _parsed(self.limits)
+
+    @property
+    def parsed_keep(self) -> tuple[Limit, ...]:
+        """The entries of ``keep``; valid once :meth:`validate` has passed."""
+        return _parsed(self.keep)
 
     def validate(self, owner: str) -> None:
         """Check the bounds, and that no more than one budget is set.
@@ -190,17 +205,9 @@ class PruneOptions(PassOptions):
             UsageError: If an option is out of its bounds or two budgets are set.
         """
         PassOptions.validate(self, owner)
-        for entry in self.limits:
-            pattern, _, kept = entry.rpartition(":")
-            try:
-                fits = bool(pattern) and 0.0 <= float(kept) <= 1.0
-            except ValueError:
-                fits = False
-            if not fits:
-                raise UsageError(
-                    f"option {owner}.limits: '{entry}' is not PATTERN:FRACTION",
-                    hint="Write for example conv1*:0.5 to keep at least half of what conv1* makes.",
-                )
+        for name in ("limits", "keep"):
+            for entry in getattr(self, name):
+                _check_limit(f"{owner}.{name}", entry)
         names = [*(m.value for m in Measure), "latency"]
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
@@ -208,3 +215,21 @@ class PruneOptions(PassOptions):
                 f"pass '{owner}' takes one budget, not {' and '.join(given)}",
                 hint=f"Set one of {', '.join(names)}.",
             )
+
+
+def _parsed(entries: Iterable[str]) -> tuple[Limit, ...]:
+    parts = [entry.rpartition(":") for entry in entries]
+    return tuple(Limit(pattern, float(kept)) for pattern, _, kept in parts)
+
+
+def _check_limit(name: str, entry: str) -> None:
+    pattern, _, kept = entry.rpartition(":")
+    try:
+        fits = bool(pattern) and 0.0 <= float(kept) <= 1.0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"option {name}: '{entry}' is not PATTERN:FRACTION",
+            hint="Write for example conv1*:0.5 for half of what conv1* makes.",
+        )

@@ -1,0 +1,266 @@
+"""One run of the pass: which groups may lose units, in what order, and how many of them go."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.context import PassContext
+from onnxcompress.errors import PassError, UsageError
+from onnxcompress.graph.coupling import Coupling, Group
+from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
+from onnxcompress.passes.base import Change, Skip
+from onnxcompress.passes.prune.budget import remaining
+from onnxcompress.passes.prune.consumers import Layers
+from onnxcompress.passes.prune.latency import Clock, plan_in_time
+from onnxcompress.passes.prune.options import Budget, Measure, PruneOptions
+from onnxcompress.passes.prune.recover import Recovery
+from onnxcompress.passes.prune.score import Ranking, rank_with_data, rank_without_data
+
+Indices = npt.NDArray[np.int64]
+
+
+class Work:
+    """One run of the pass: the groups it may prune and what is known about them."""
+
+    def __init__(
+        self, model: ir.Model, coupling: Coupling, options: PruneOptions, ctx: PassContext
+    ) -> None:
+        self.model, self.coupling, self.options = model, coupling, options
+        self.notes: list[str] = []
+        self.ctx = _limited(ctx, options.samples)
+        self._nodes = {n.name or "": n for n in model.graph.all_nodes()}
+        self.layers = Layers.of(model)
+        self.groups, self._excluded = _filtered(coupling.groups, options)
+        self._kept = _fixed(self.groups, options)
+
+    def op_type(self, node: str) -> str:
+        """Operator of a node; "" for an initializer."""
+        found = self._nodes.get(node)
+        return "" if found is None else found.op_type
+
+    def counts(self, group: Group, part: float = 1.0) -> tuple[int, ...]:
+        """Removals to choose from, increasing; 0 first.
+
+        Args:
+            group: The group.
+            part: How much of what is to go may go by now, for groups that ``prune.keep`` names.
+        """
+        options = self.options
+        align = options.align or self.ctx.target.channel_alignment
+        step = unit_step(group.size, _width(group), align, strict=options.align > 0)
+        kept = self._kept.get(group.index)
+        if kept is not None:
+            every = allowed_counts(group.size, step, 0.0)
+            wanted = (1 - kept) * group.size * part
+            nearest = min(every, key=lambda n: (abs(n - wanted), n))
+            return (0, nearest) if nearest else (0,)
+        if options.budget is None:
+            return (0,)
+        limits = [limit.kept for limit in options.parsed_limits if limit.matches(_names(group))]
+        return allowed_counts(group.size, step, max(limits, default=options.min_kept))
+
+    def rank(self, removed: Mapping[int, Indices]) -> list[Ranking]:
+        """The order of removal of all groups that can lose units at all, after ``removed``."""
+        groups = [g for g in self.groups if len(self.counts(g)) > 1]
+        if not groups:
+            return []
+        if self.ctx.calibration is None:
+            return rank_without_data(self.model, groups, self.options.importance, self.ctx.seed)
+        return rank_with_data(
+            self.model,
+            self.coupling,
+            groups,
+            self.layers.consumers,
+            self.options,
+            self.ctx,
+            removed,
+        )
+
+    def choose(
+        self, rankings: Sequence[Ranking], removed: Mapping[int, Indices], part: float
+    ) -> dict[int, Indices]:
+        """Spend a part of the budget; nothing if the default one cannot be reached.
+
+        Args:
+            rankings: The order of removal of each group, what is removed already first.
+            removed: That.
+            part: How much of what is to go may go by now, in (0, 1].
+
+        Raises:
+            PassError: If one that was asked for cannot be reached.
+        """
+        # What prune.keep names goes whatever a budget says.
+        budget = self.options.budget or Budget(Measure.MACS, 1.0)
+        kept = 1 - (1 - budget.kept) * part
+        left = remaining(self.model, self.coupling, budget.measure)
+        orders = {r.group.index: r.order for r in rankings}
+
+        def taken(counts: Mapping[int, int]) -> dict[int, Indices]:
+            return {g: orders[g][:n] for g, n in counts.items() if n}
+
+        curves = []
+        for ranking in rankings:
+            gone = len(removed.get(ranking.group.index, ()))
+            open_ = tuple(n for n in self.counts(ranking.group, part) if n > gone)
+            fixed = open_ and ranking.group.index in self._kept
+            counts = open_ if fixed else (gone, *open_)
+            losses = tuple(float(ranking.losses[n]) for n in counts)
+            curves.append(Curve(ranking.group.index, counts, losses))
+
+        def plan_for(share: float) -> dict[int, Indices]:
+            return taken(allocate(curves, lambda counts: left(taken(counts)), share, exchange=True))
+
+        name = budget.measure.value
+        if self.options.latency is not None and rankings:
+            name = "latency"
+            clock = Clock(self.model, self.coupling, self.ctx)
+            plan, reached = plan_in_time(plan_for, clock.ratio, kept)
+            self.notes.append(
+                f"A run takes {reached:.2f} of the original's time (one sample, one thread, "
+                f"measured before refitting), with {left(plan):.2f} of the multiply-accumulates."
+            )
+        else:
+            plan = plan_for(kept)
+            reached = left(plan)
+        if not rankings or reached <= kept + 1e-9:
+            return plan
+        message = (
+            f"{name}={budget.kept:g} cannot be reached: with all that may go "
+            f"removed, {reached:.3f} is left"
+        )
+        if not self.options.asks_for_budget:
+            # Cutting everything that may go, for a budget that nobody named, would wreck the model.
+            self.notes.append(f"Nothing was pruned: {message}. Set a budget to prune all the same.")
+            return {}
+        possible = np.ceil(reached * 100) / 100
+        hint = "Lower prune.min_kept or prune.align, or leave the pass out."
+        if possible < 1:
+            hint = f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept or prune.align."
+        raise PassError("prune", message, hint=hint)
+
+    def removals(self, rankings: Sequence[Ranking], removed: Mapping[int, Indices]) -> list[Change]:
+        """One entry per pruned group."""
+        changes = []
+        for ranking in rankings:
+            group = ranking.group
+            count = len(removed.get(group.index, ()))
+            if count:
+                changes.append(
+                    Change(
+                        group.name,
+                        self.op_type(group.name),
+                        f"{count} of {group.size} {noun(group)} removed (by {ranking.basis}, "
+                        f"predicted loss {ranking.losses[count]:.2g})",
+                    )
+                )
+        return changes
+
+    def skips(self) -> tuple[Skip, ...]:
+        """What was left alone: frozen axes, each reason once, and groups that may not shrink."""
+        places: dict[str, list[str]] = {}
+        for frozen in self.coupling.frozen:
+            places.setdefault(frozen.reason, []).append(frozen.node or frozen.value)
+        skips = self._once(places)
+        for group in self._excluded:
+            reason = "kept by prune.include or prune.exclude"
+            skips.append(Skip(group.name, self.op_type(group.name), reason))
+        for group in self.groups:
+            if len(self.counts(group)) == 1:
+                reason = (
+                    f"its {group.size} {noun(group)} are too few for prune.align and prune.min_kept"
+                )
+                if group.index in self._kept:
+                    reason = f"prune.keep leaves all of its {group.size} {noun(group)}"
+                elif self.options.budget is None:
+                    reason = "prune.keep does not name it, and there is no budget"
+                skips.append(Skip(group.name, self.op_type(group.name), reason))
+        return tuple(skips)
+
+    def refit_skips(self, recovery: Recovery) -> list[Skip]:
+        """Layers downstream of a removal that kept their weights, each reason once."""
+        places: dict[str, list[str]] = {}
+        for node, reason in recovery.untreated.items():
+            places.setdefault(f"not refitted: {reason}", []).append(node)
+        for refit in recovery.refits:
+            if not refit.used:
+                reason = "not refitted: its old weights did better on held-out samples"
+                places.setdefault(reason, []).append(refit.consumer.node)
+        return self._once(places)
+
+    def _once(self, places: Mapping[str, Sequence[str]]) -> list[Skip]:
+        """One entry per reason, at the first of its places."""
+        skips = []
+        for reason, names in places.items():
+            first, *others = dict.fromkeys(names)
+            more = f" (and {len(others)} more such places)" if others else ""
+            skips.append(Skip(first, self.op_type(first), reason + more))
+        return skips
+
+
+def _limited(ctx: PassContext, samples: int) -> PassContext:
+    """The job with no more than ``samples`` calibration samples (0: all)."""
+    if ctx.calibration is None or not samples or ctx.calibration.sample_count <= samples:
+        return ctx
+    return dataclasses.replace(ctx, calibration=ctx.calibration.spread(samples))
+
+
+def _width(group: Group) -> int:
+    """Channels per unit, where the units are made."""
+    places = group.sources or group.sinks
+    return int(places[0].positions.shape[1]) if places else 1
+
+
+def noun(group: Group) -> str:
+    """What the units of a group are called in reports."""
+    width = _width(group)
+    return "channels" if width == 1 else f"blocks of {width} channels"
+
+
+def _names(group: Group) -> set[str]:
+    """What a name pattern can match: the layers that make the units, and their weights."""
+    made = {(s.weight, s.weight_axis) for s in group.sources}
+    cuts = {c.initializer for c in group.cuts if (c.initializer, c.axis) in made}
+    return {group.name, *(s.node for s in group.sources), *cuts}
+
+
+def _filtered(groups: Sequence[Group], options: PruneOptions) -> tuple[list[Group], list[Group]]:
+    """Groups that the name patterns let through, and the others.
+
+    Raises:
+        UsageError: If a pattern matches nothing.
+    """
+    matched = {
+        pattern: {g.index for g in groups if fnmatch.filter(_names(g), pattern)}
+        for pattern in (
+            *options.include,
+            *options.exclude,
+            *(limit.pattern for limit in (*options.parsed_limits, *options.parsed_keep)),
+        )
+    }
+    for pattern, found in matched.items():
+        if not found:
+            raise UsageError(
+                f"the pattern '{pattern}' of the pass 'prune' matches nothing that can be pruned",
+                hint="Use --dry-run to see the groups and their names.",
+            )
+    wanted = {i for p in options.include for i in matched[p]}
+    unwanted = {i for p in options.exclude for i in matched[p]}
+    keep = [
+        g for g in groups if g.index not in unwanted and (not options.include or g.index in wanted)
+    ]
+    return keep, [g for g in groups if g not in keep]
+
+
+def _fixed(groups: Sequence[Group], options: PruneOptions) -> dict[int, float]:
+    """Group to the fraction of it that ``prune.keep`` says stays; of several the largest."""
+    named = {
+        g.index: [limit.kept for limit in options.parsed_keep if limit.matches(_names(g))]
+        for g in groups
+    }
+    return {index: max(kept) for index, kept in named.items() if kept}

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 import onnxcompress
 from onnxcompress import model_io
+from onnxcompress._threads import linear_algebra
 from onnxcompress.calibration.sources import Dataset, DataSource, ImageOptions
 from onnxcompress.context import PassContext
 from onnxcompress.contributions import Contribution, Contributions
@@ -216,9 +217,10 @@ def run_recipe(
                     contributions = Contributions(
                         original, data.evaluation, settings, timed=measure, work_dir=work_dir
                     )
-            model, runs = _transform(
-                schedule, model, context, data.evaluation, boundary, contributions, clock
-            )
+            with linear_algebra(model, recipe.threads):
+                model, runs = _transform(
+                    schedule, model, context, data.evaluation, boundary, contributions, clock
+                )
             with staging(output) as staged:
                 with clock.stage("save"):
                     metadata = _metadata(recipe, original_sha256)

@@ -16,8 +16,12 @@ settings.load_profile("shared")
 
 
 def pytest_configure() -> None:
-    """Keep placements of tests (timed by fake clocks, too) out of the user's cache."""
+    """Keep placements of tests (timed by fake clocks, too) out of the user's cache.
+
+    It runs before anything imports numpy, which then starts no threads.
+    """
     os.environ[VARIABLE] = "off"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices, and several test processes
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,8 @@ recipe_options = _section(
     _option("--save-recipe", "Write what was asked for as such a file.", type=PATH),
     _option(
         "--target",
-        "Hardware to compress for: x86-vnni, x86-avx2, arm64, cuda, generic or auto (default).",
+        "Hardware to compress for: auto (this machine, the default), x86-vnni, x86-avx2, arm64, "
+        "cuda, tensorrt, qnn, openvino, mobile or generic.",
         metavar="NAME",
     ),
     _option("--no-simplify", "Do not add the simplify pass.", is_flag=True),

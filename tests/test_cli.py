@@ -19,6 +19,7 @@ from onnxcompress import cli_options
 from onnxcompress.calibration.sources import ImageOptions
 from onnxcompress.cli import cli, main
 from onnxcompress.recipe import load_recipe
+from onnxcompress.targets import TARGETS
 from tests import fakes
 
 
@@ -428,6 +429,7 @@ def test_help_shows_options_commands_and_examples(capsys: Output) -> None:
     shown = capsys.readouterr().out
     for word in ("--passes NAMES", "--calib DATA", "inspect", "Examples:", "verify model.onnx"):
         assert word in shown
+    assert not [name for name in TARGETS if name not in shown]
 
 
 @pytest.mark.parametrize("command", ["compress", "verify", "inspect", "bench", "passes"])

@@ -107,4 +107,7 @@ def test_shared_weights_and_bounds_are_skipped_with_their_reason(tmp_path: Path)
 
 
 def test_the_pass_is_in_the_table() -> None:
-    assert make_pass("equalize", {"rounds": "3"}).options.to_dict() == {"rounds": 3}
+    assert make_pass("equalize", {"rounds": "3"}).options.to_dict() == {
+        "rounds": 3,
+        "absorb": False,
+    }

@@ -9,8 +9,11 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
+from onnxcompress.graph.naming import Namer
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Stage, option
+from onnxcompress.passes.equalize.absorption import absorb, pairs_of
 from onnxcompress.passes.equalize.balance import equalize, regions_of
+from onnxcompress.targets import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,9 @@ class EqualizeOptions(PassOptions):
     """Options of :class:`EqualizePass`."""
 
     rounds: int = option(20, "most turns through the layers", minimum=1, maximum=1000)
+    absorb: bool = option(
+        False, "also move biases that hold in all calibration samples into the next layer"
+    )
 
 
 class EqualizePass:
@@ -36,6 +42,11 @@ class EqualizePass:
     def __init__(self, options: EqualizeOptions | None = None) -> None:
         self._options = EqualizeOptions() if options is None else options
         self._options.validate(self.name)
+
+    def needs_for(self, target: Target) -> frozenset[Statistic]:
+        """Ranges and means where biases are absorbed, else nothing."""
+        wanted = {Statistic.RANGE, Statistic.MEAN} if self._options.absorb else set[Statistic]()
+        return frozenset(wanted)
 
     @property
     def options(self) -> EqualizeOptions:
@@ -59,16 +70,28 @@ class EqualizePass:
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         """Equalize ``model`` in place."""
         balanced, skips, taken = equalize(model, self._options.rounds)
-        return PassReport(
-            changes=tuple(
+        changes = [
+            Change(
+                b.node,
+                b.op_type,
+                f"balanced with {b.layers - 1} other layers: {b.channels} factors, the largest "
+                f"{b.spread:.3g} times the least",
+            )
+            for b in balanced
+        ]
+        figures = {"regions": len(balanced), "rounds": taken}
+        if self._options.absorb:
+            pairs, refused = pairs_of(model)
+            skips += refused
+            absorbed = absorb(model, ctx, pairs, Namer(model))
+            figures["layers_absorbed"] = len(absorbed)
+            changes += [
                 Change(
-                    b.node,
-                    b.op_type,
-                    f"balanced with {b.layers - 1} other layers: {b.channels} factors, the largest "
-                    f"{b.spread:.3g} times the least",
+                    a.node,
+                    a.op_type,
+                    f"biases of {a.channels} channels moved behind its Relu, whose range ends at "
+                    f"{a.after:.4g} instead of {a.before:.4g}",
                 )
-                for b in balanced
-            ),
-            skips=tuple(skips),
-            figures={"regions": len(balanced), "rounds": taken},
-        )
+                for a in absorbed
+            ]
+        return PassReport(changes=tuple(changes), skips=tuple(skips), figures=figures)

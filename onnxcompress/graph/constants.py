@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -55,6 +57,23 @@ def scalar_of(value: ir.Value | None) -> float | None:
     if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
         return None
     return float(tensor.numpy().reshape(()).astype(np.float64))
+
+
+def initializers(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
+    """Names and values of all initializers, also in the branches of If and the bodies of loops.
+
+    In a normalized model names are unique over all graphs.
+    """
+    for graph in model.graphs():
+        yield from graph.initializers.items()
+
+
+def initializer(model: ir.Model, name: str) -> ir.Value | None:
+    """The initializer ``name`` of whichever graph has it."""
+    for graph in model.graphs():
+        if name in graph.initializers:
+            return graph.initializers[name]
+    return None
 
 
 def set_initializer(

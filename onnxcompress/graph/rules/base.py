@@ -27,7 +27,9 @@ Axes = tuple[Labels | None, ...]
 Outputs = Sequence[Axes | None]
 
 # Operators that hand a weight on without mixing its axes.
-_WEIGHT_PATH = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose"})
+_WEIGHT_PATH = frozenset(
+    {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose", "Unsqueeze"}
+)
 
 
 class Trace(Protocol):
@@ -160,8 +162,22 @@ def weight_of(value: ir.Value | None, axis: int) -> tuple[ir.Value, int] | None:
                     return None
                 perm = tuple(reversed(range(rank)))
             axis = perm[axis]
+        elif node.op_type == "Unsqueeze":
+            found = _squeezed(node, axis)
+            if found is None:
+                return None
+            axis = found
         value = node.inputs[0]
     return None
+
+
+def _squeezed(node: ir.Node, axis: int) -> int | None:
+    """The input axis that ``axis`` of an Unsqueeze's output is; None for a new or unknown one."""
+    added, shape = constant_ints(node, "axes", 1), node.inputs[0].shape if node.inputs[0] else None
+    if added is None or shape is None:
+        return None
+    new = {normal(a, len(shape) + len(added)) for a in added}
+    return None if axis in new else axis - sum(a < axis for a in new)
 
 
 def is_weight(value: ir.Value | None) -> bool:

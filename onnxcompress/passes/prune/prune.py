@@ -22,9 +22,10 @@ from onnxcompress.graph.labels import analyse
 from onnxcompress.graph.naming import Namer
 from onnxcompress.graph.surgery import remove
 from onnxcompress.passes.base import Change, PassReport, Stage
+from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
 from onnxcompress.passes.prune.jobs import Refit
-from onnxcompress.passes.prune.options import Importance, PruneOptions
+from onnxcompress.passes.prune.options import Importance, Measure, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, recover
 from onnxcompress.passes.prune.score import (
     Ranking,
@@ -64,7 +65,7 @@ class PrunePass:
         probe = model_io.clone(model)
         canonicalize(probe)
         coupling = analyse(probe, states=self._options.states)
-        work = Work(probe, coupling, self._options, ctx)
+        work = Work(probe, coupling, self._options, ctx, Ledger.of(model, None))
         changes = tuple(
             Change(g.name, work.op_type(g.name), f"up to {most} of {g.size} {noun(g)} may go")
             for g in work.groups
@@ -86,11 +87,11 @@ class PrunePass:
             PassError: If the budget that was asked for cannot be reached.
         """
         options, notes = self._with_data(ctx)
-        before = cost_of(model)
+        ledger = Ledger.of(model, ctx.calibration)
         canonicalize(model)
         added = _add_biases(model) if options.recover else ()
         coupling = analyse(model, states=options.states)
-        work = Work(model, coupling, options, ctx)
+        work = Work(model, coupling, options, ctx, ledger)
         reference = model_io.clone(model)
         rankings: list[Ranking] = []
         removed: dict[int, Indices] = {}
@@ -116,7 +117,7 @@ class PrunePass:
             changes=tuple(changes),
             skips=(*work.skips(), *work.refit_skips(recovery)),
             figures={
-                **_figures(before, cost_of(model), removed, coupling),
+                **_figures(ledger, cost_of(model, ledger.feeds_shapes), removed, coupling),
                 "layers_refitted": sum(1 for r in recovery.refits if r.used),
             },
             notes=tuple(notes),
@@ -209,14 +210,14 @@ def _row_notes(refits: Sequence[Refit]) -> list[str]:
 
 
 def _figures(
-    before: ModelCost, after: ModelCost, removed: Mapping[int, Indices], coupling: Coupling
+    ledger: Ledger, after: ModelCost, removed: Mapping[int, Indices], coupling: Coupling
 ) -> dict[str, float | int | str]:
     return {
         "groups_pruned": sum(1 for units in removed.values() if len(units)),
         "groups": len(coupling.groups),
         "units_removed": sum(len(units) for units in removed.values()),
         "units": sum(g.size for g in coupling.groups),
-        "macs_kept_ratio": after.macs / max(before.macs, 1),
-        "params_kept_ratio": after.parameters / max(before.parameters, 1),
-        "weight_bytes_kept_ratio": after.weight_bytes / max(before.weight_bytes, 1),
+        "macs_kept_ratio": ledger.ratio(after, Measure.MACS),
+        "params_kept_ratio": ledger.ratio(after, Measure.PARAMS),
+        "weight_bytes_kept_ratio": ledger.ratio(after, Measure.BYTES),
     }

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnxcompress.calibration.statistics import ConvUnfold, MomentsRequest, Statistics
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
-from onnxcompress.graph.constants import constant_of
+from onnxcompress.graph.constants import constant_of, initializer
 from onnxcompress.graph.coupling import Coupling, Group, Sink, Source
 from onnxcompress.graph.surgery import mask
 from onnxcompress.numerics import importance
@@ -86,9 +86,7 @@ def magnitude_rows(model: ir.Model, group: Group) -> list[Array]:
     for place in places:
         if place.weight is None or place.weight_axis is None:
             continue
-        if place.weight not in model.graph.initializers:
-            continue
-        stored = constant_of(model.graph.initializers[place.weight])
+        stored = constant_of(initializer(model, place.weight))
         if stored is None:
             continue
         weight = np.moveaxis(stored.astype(np.float64), place.weight_axis, 0)
@@ -117,6 +115,8 @@ def rank_by_weights(
         scores += importance.normalized(part)
     order = np.argsort(scores, kind="stable")
     losses = importance.normalized(scores[order]) ** 2
+    if not losses.any():  # its weights are computed: all units look alike, and none is free
+        losses = np.ones(group.size)
     return order, np.concatenate([[0.0], np.cumsum(losses)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,23 +15,39 @@ from onnxcompress.errors import PassError, UsageError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
 from onnxcompress.passes.base import Change, Skip
-from onnxcompress.passes.prune.budget import remaining
+from onnxcompress.passes.prune.budget import Ledger, remaining
 from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.latency import Clock, plan_in_time
-from onnxcompress.passes.prune.options import Budget, Measure, PruneOptions
+from onnxcompress.passes.prune.options import Budget, Importance, Measure, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery
-from onnxcompress.passes.prune.score import Ranking, rank_with_data, rank_without_data
+from onnxcompress.passes.prune.score import (
+    Ranking,
+    rank_by_weights,
+    rank_with_data,
+    rank_without_data,
+)
 
 Indices = npt.NDArray[np.int64]
+
+_UNSEEN = 1e-30
+"""Loss below which removing a whole group changed nothing."""
+_SETTLINGS = 5
+"""Plans that are cut to see what they really leave."""
 
 
 class Work:
     """One run of the pass: the groups it may prune and what is known about them."""
 
     def __init__(
-        self, model: ir.Model, coupling: Coupling, options: PruneOptions, ctx: PassContext
+        self,
+        model: ir.Model,
+        coupling: Coupling,
+        options: PruneOptions,
+        ctx: PassContext,
+        ledger: Ledger,
     ) -> None:
         self.model, self.coupling, self.options = model, coupling, options
+        self._ledger = ledger
         self.notes: list[str] = []
         self.ctx = _limited(ctx, options.samples)
         self._nodes = {n.name or "": n for n in model.graph.all_nodes()}
@@ -72,7 +88,7 @@ class Work:
             return []
         if self.ctx.calibration is None:
             return rank_without_data(self.model, groups, self.options.importance, self.ctx.seed)
-        return rank_with_data(
+        found = rank_with_data(
             self.model,
             self.coupling,
             groups,
@@ -81,6 +97,41 @@ class Work:
             self.ctx,
             removed,
         )
+        return self._with_unseen(found, removed)
+
+    def _with_unseen(
+        self, rankings: Sequence[Ranking], removed: Mapping[int, Indices]
+    ) -> list[Ranking]:
+        """Rankings in which groups of branches that no sample runs do not look free.
+
+        Such a group changes no output. Its units are ordered by their weights, and its curve gets
+        the height of the lowest of the other groups' curves: what samples do run comes first, but
+        nobody wants all channels of the other branch gone.
+        """
+        inner = {n.name for n in self.model.graph.all_nodes()} - {n.name for n in self.model.graph}
+        unseen = [
+            r
+            for r in rankings
+            if all(s.node in inner for s in r.group.sinks) and r.losses.max(initial=0.0) < _UNSEEN
+        ]
+        if not unseen:
+            return list(rankings)
+        others = [r.losses[len(r.losses) // 2] for r in rankings if r not in unseen]
+        height = max(min(others, default=1.0), _UNSEEN)
+        replaced = {}
+        for ranking in unseen:
+            order, losses = rank_by_weights(self.model, ranking.group, Importance.L2, self.ctx.seed)
+            gone = removed.get(ranking.group.index, np.zeros(0, np.int64))
+            order = np.concatenate([gone, order[~np.isin(order, gone)]])
+            losses = losses * (height / losses[len(losses) // 2])
+            replaced[ranking.group.index] = Ranking(ranking.group, order, losses, "l2")
+        note = (
+            f"The calibration samples never run the branch with '{unseen[0].group.name}': the "
+            "channels to remove there were chosen by their weights."
+        )
+        if note not in self.notes:
+            self.notes.append(note)
+        return [replaced.get(r.group.index, r) for r in rankings]
 
     def choose(
         self, rankings: Sequence[Ranking], removed: Mapping[int, Indices], part: float
@@ -98,7 +149,7 @@ class Work:
         # What prune.keep names goes whatever a budget says.
         budget = self.options.budget or Budget(Measure.MACS, 1.0)
         kept = 1 - (1 - budget.kept) * part
-        left = remaining(self.model, self.coupling, budget.measure)
+        left = remaining(self.model, self.coupling, budget.measure, self._ledger.feeds_shapes)
         orders = {r.group.index: r.order for r in rankings}
 
         def taken(counts: Mapping[int, int]) -> dict[int, Indices]:
@@ -125,10 +176,12 @@ class Work:
                 f"A run takes {reached:.2f} of the original's time (one sample, one thread, "
                 f"measured before refitting), with {left(plan):.2f} of the multiply-accumulates."
             )
-        else:
+        elif part < 1:
             plan = plan_for(kept)
             reached = left(plan)
-        if not rankings or reached <= kept + 1e-9:
+        else:
+            plan, reached = self._settled(plan_for, budget.measure, kept, left)
+        if not rankings or self.options.budget is None or reached <= kept + 1e-9:
             return plan
         message = (
             f"{name}={budget.kept:g} cannot be reached: with all that may go "
@@ -143,6 +196,27 @@ class Work:
         if possible < 1:
             hint = f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept or prune.align."
         raise PassError("prune", message, hint=hint)
+
+    def _settled(
+        self,
+        plan_for: Callable[[float], dict[int, Indices]],
+        measure: Measure,
+        kept: float,
+        left: Callable[[Mapping[int, Indices]], float],
+    ) -> tuple[dict[int, Indices], float]:
+        """A plan that keeps its budget once it is cut, and what is then left.
+
+        Cutting adds constants of its own (shapes, gathers); by what they cost too much, the plan
+        is made tighter.
+        """
+        target = kept
+        for _ in range(_SETTLINGS):
+            plan = plan_for(target)
+            reached = self._ledger.cut_ratio(self.model, self.coupling, plan, measure)
+            if reached <= kept + 1e-9 or left(plan) > target:
+                break
+            target = max(target - (reached - kept) - 1e-6, 0.0)
+        return plan, reached
 
     def removals(self, rankings: Sequence[Ranking], removed: Mapping[int, Indices]) -> list[Change]:
         """One entry per pruned group."""

@@ -24,7 +24,7 @@ of network quantization" (weighting by second derivatives); Frantar et al. 2023,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -40,6 +40,8 @@ Snap: TypeAlias = Callable[[FloatArray], FloatArray]
 """Moves levels to the nearest ones that can be stored (integers, half precision)."""
 
 _CG_STEPS = 12
+_CG_TOLERANCE = 1e-6
+"""Share of the first residual's energy at which levels are good enough to assign codes again."""
 _DAMP = 0.01
 """Damping of ``H`` relative to its mean diagonal, as in error feedback."""
 
@@ -206,10 +208,11 @@ def _in_turns(
     """
     best = current = start
     least = float(best.error(weight, inputs).sum())
+    factors = None if moments is None else factored(moments)
     for _ in range(fitting.rounds):
         steps = []
-        if moments is not None and inputs is not None:
-            current = descend(weight, with_feedback(weight, current, moments), inputs)
+        if factors is not None and inputs is not None:
+            current = descend(weight, with_feedback(weight, current, inputs, factors), inputs)
             steps.append(current)
         if not fixed:
             current = refit_scale(weight, current, inputs)
@@ -242,20 +245,29 @@ def _scale_of(coded: Coded) -> FloatArray:
     return coded.scale.astype(np.float64)
 
 
-def with_feedback(weight: FloatArray, start: Coded, moments: InputMoments) -> Coded:
+def factored(moments: InputMoments) -> list[tuple[slice, Factor]]:
+    """The rows of each group of inputs with its factor, where there is signal."""
+    found = ((rows, Factor.of(matrix, damp=_DAMP)) for rows, matrix in moments.parts())
+    return [(rows, factor) for rows, factor in found if factor is not None]
+
+
+def with_feedback(
+    weight: FloatArray,
+    start: Coded,
+    damped: InputMoments,
+    factors: Sequence[tuple[slice, Factor]],
+) -> Coded:
     """Codes by error feedback on the levels of ``start``; rows that get worse keep theirs.
 
     Args:
         weight: ``W``, [R, D].
         start: One codebook.
-        moments: ``H``.
+        damped: ``H`` with damping.
+        factors: Of ``H``, see :func:`factored`.
     """
     levels, scale = start.levels[0].astype(np.float64), _scale_of(start)[:, None]
     codes = start.codes.copy()
-    for rows, moment in moments.parts():
-        factor = Factor.of(moment, damp=_DAMP)
-        if factor is None:
-            continue
+    for rows, factor in factors:
         found, own = codes[rows], scale[rows]
 
         def project(
@@ -269,7 +281,7 @@ def with_feedback(weight: FloatArray, start: Coded, moments: InputMoments) -> Co
             return np.asarray(levels[picked] * own)
 
         factor.replace(weight[rows], project)
-    return _better(weight, start, codes, moments.damped(_DAMP))
+    return _better(weight, start, codes, damped)
 
 
 def descend(weight: FloatArray, start: Coded, moments: InputMoments, *, sweeps: int = 2) -> Coded:
@@ -334,7 +346,7 @@ def refit_scale(weight: FloatArray, start: Coded, moments: InputMoments | None) 
 def refit_levels(
     weight: FloatArray, start: Coded, moments: InputMoments | None, *, snap: Snap | None = None
 ) -> Coded:
-    """The levels of least error for the codes, by conjugate gradients from the present ones.
+    """The levels of least error for the codes, by preconditioned conjugate gradients.
 
     With ``Z_r`` [D, k] the one-hot codes of row ``r``,
 
@@ -355,19 +367,23 @@ def refit_levels(
         product = values if moments is None else moments.times(values)
         return np.bincount(flat, (product * scale).ravel(), minlength=count).astype(np.float64)
 
+    # The diagonal of the system for columns that are not correlated makes the steps few.
+    weights = np.ones_like(weight) if moments is None else moments.diagonal()
+    diagonal = np.bincount(flat, (scale**2 * weights).ravel(), minlength=count)
+    inverse = np.where(diagonal > 0, 1 / np.where(diagonal > 0, diagonal, 1), 0.0)
     levels = start.levels[0].astype(np.float64)
     residual = gather(weight - levels[start.codes] * scale)
-    direction, power = residual, float(residual @ residual)
-    first = power
+    direction = inverse * residual
+    power = first = float(residual @ direction)
     for _ in range(min(count, _CG_STEPS)):
-        if power <= 1e-12 * first or power == 0.0:
+        if power <= _CG_TOLERANCE * first or power == 0.0:
             break
         image = gather(direction[start.codes] * scale)
         step = power / max(float(direction @ image), np.finfo(float).tiny)
         levels = levels + step * direction
         residual = residual - step * image
-        before, power = power, float(residual @ residual)
-        direction = residual + power / before * direction
+        before, power = power, float(residual @ (inverse * residual))
+        direction = inverse * residual + power / before * direction
     if not np.isfinite(levels).all():
         return start
     levels = levels if snap is None else snap(levels)

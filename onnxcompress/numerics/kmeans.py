@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-_BINS = 1024
+_EXACT = 1024
 """More different values than this are summed up in bins before the exact search."""
+_BINS = 512
+"""How many bins; Lloyd's iteration on all values follows."""
 _LLOYD_ROUNDS = 10
 
 
@@ -38,7 +40,7 @@ def optimal_levels(values: FloatArray, weights: FloatArray, count: int) -> Float
 
     In one dimension the best clusters are intervals, so that dynamic programming over the sorted
     values finds them: ``E_m(j) = min_i E_{m-1}(i) + cost(i, j)``. With more than 1,024 different
-    values the ends of the intervals are sought among 1,024 edges, and Lloyd's iteration on all
+    values the ends of the intervals are sought among 512 edges, and Lloyd's iteration on all
     values, which cannot raise the error, settles the rest.
 
     Args:
@@ -58,7 +60,7 @@ def optimal_levels(values: FloatArray, weights: FloatArray, count: int) -> Float
     if len(distinct) <= count:
         return np.concatenate([distinct, np.full(count - len(distinct), distinct[-1])])
     starts = first
-    if len(distinct) > _BINS:
+    if len(distinct) > _EXACT:
         # Half of the edges at equal steps, half at equal weight: tails and the bulk.
         half = _BINS // 2
         steps = np.linspace(distinct[0], distinct[-1], half + 1)[:-1]

@@ -12,6 +12,7 @@ from onnxcompress.numerics.codebook import (
     Coded,
     Fitting,
     descend,
+    factored,
     fit,
     refit_levels,
     refit_scale,
@@ -125,7 +126,7 @@ def test_feedback_is_never_worse_than_nearest(
     damped = inputs.damped(0.01)
     start = fit(weight, None, Fitting(count))
     exact = weight.astype(np.float64)
-    fed = with_feedback(exact, start, inputs)
+    fed = with_feedback(exact, start, inputs.damped(0.01), factored(inputs))
     assert (fed.error(exact, damped) <= start.error(exact, damped) * (1 + 1e-12)).all()
     lower = descend(exact, fed, damped)
     assert (lower.error(exact, damped) <= fed.error(exact, damped) * (1 + 1e-12)).all()

@@ -14,6 +14,7 @@ from onnxcompress.graph.coupling import Coupling
 from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.clipping import Bounds, bounds_of
 from onnxcompress.passes.prune.consumers import Consumer, Layers
+from onnxcompress.passes.prune.norms import Norm, norm_of
 from onnxcompress.passes.prune.rows import RowPlan
 from onnxcompress.passes.prune.score import row_limit, staying
 
@@ -65,6 +66,12 @@ class Job:
     outputs: npt.NDArray[np.bool_]
     bounds: Bounds | None
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Initializers that get new values."""
+        consumer = self.consumer
+        return (consumer.weight,) if consumer.bias is None else (consumer.weight, consumer.bias)
+
     def plan(self, names: Mapping[str, str], folds: int, seed: int) -> RowPlan:
         """Which rows to draw.
 
@@ -97,21 +104,39 @@ def jobs_of(
     kept: npt.NDArray[np.bool_],
     layers: Layers,
     everything: bool,
-) -> tuple[list[list[Job]], dict[str, str]]:
+) -> tuple[list[list[Job | Norm]], dict[str, str]]:
     """The layers to refit, in levels that do not depend on one another, and those that cannot be.
+
+    A BatchNormalization is one of them if the values of its inputs changed.
+
 
     A layer is refitted if it lost inputs, or if the shortcut that its output is added to changed;
     with ``everything``, also if only the values of its inputs changed.
     """
     consumers = {n: c for n, c in layers.consumers.items() if c.obstacle is None}
-    names = [n.name or "" for n in masked.graph if n.name in consumers]
+    nodes = {n.name or "": n for n in masked.graph}
+    found = {n.name or "": norm_of(n, nodes[n.name or ""]) for n in model.graph}
+    norms = {name: norm for name, norm in found.items() if norm is not None}
+    names = [n.name or "" for n in masked.graph if n.name in consumers or n.name in norms]
     order = {name: i for i, name in enumerate(names)}
     flow = trace(masked, {n.name or "" for n in model.graph}, order)
-    nodes = {n.name or "": n for n in masked.graph}
-    levels: list[list[Job]] = []
+    levels: list[list[Job | Norm]] = []
     level_of: dict[int, int] = {}
+
+    def add(job: Job | Norm, index: int, upstream: int) -> None:
+        level = 1 + max((depth for j, depth in level_of.items() if upstream >> j & 1), default=-1)
+        level_of[index] = level
+        if level == len(levels):
+            levels.append([])
+        levels[level].append(job)
+
     for index, name in enumerate(names):
-        consumer, data = consumers[name], nodes[name].inputs[0]
+        data = nodes[name].inputs[0]
+        if name in norms:
+            if data in flow.touched:
+                add(norms[name], index, flow.jobs.get(data, 0) if data is not None else 0)
+            continue
+        consumer = consumers[name]
         target = residual_target(nodes[name], consumer.output, flow, index)
         axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
         channels = consumer.width // consumer.taps * consumer.groups
@@ -122,20 +147,10 @@ def jobs_of(
         upstream = flow.jobs.get(data, 0)
         if target.shortcut is not None:
             upstream |= flow.jobs.get(target.shortcut, 0)
-        level = 1 + max((depth for j, depth in level_of.items() if upstream >> j & 1), default=-1)
-        level_of[index] = level
-        if level == len(levels):
-            levels.append([])
-        levels[level].append(
-            Job(
-                consumer,
-                data.name or "",
-                target.terms,
-                inputs,
-                staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs),
-                bounds_of(target.result),
-            )
-        )
+        outputs = staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs)
+        bounds = bounds_of(target.result)
+        job = Job(consumer, data.name or "", target.terms, inputs, outputs, bounds)
+        add(job, index, upstream)
     contractions = {t.node for t in coupling.macs} - set(names)
     untreated = {
         name: layers.obstacle(name)

@@ -95,7 +95,7 @@ class PrunePass:
         reference = model_io.clone(model)
         rankings: list[Ranking] = []
         removed: dict[int, Indices] = {}
-        recovery = Recovery((), {})
+        recovery = Recovery((), (), {})
         # Without data a second look at the weights would see what the first one saw.
         steps = options.steps if ctx.calibration is not None else 1
         for number in range(1, steps + 1):
@@ -105,7 +105,7 @@ class PrunePass:
                 recovery = recover(
                     model, reference, coupling, removed, work.layers, options, work.ctx
                 )
-        changes = [*work.removals(rankings, removed), *_refit_changes(recovery.refits)]
+        changes = [*work.removals(rankings, removed), *_refit_changes(recovery)]
         remove(model, coupling, removed)
         _drop_zero_biases(model, added)
         if not rankings:
@@ -184,9 +184,10 @@ def _drop_zero_biases(model: ir.Model, added: Sequence[str]) -> None:
         del model.graph.initializers[name]
 
 
-def _refit_changes(refits: Sequence[Refit]) -> list[Change]:
-    changes = []
-    for refit in refits:
+def _refit_changes(recovery: Recovery) -> list[Change]:
+    what = "mean and variance estimated anew"
+    changes = [Change(node, "BatchNormalization", what) for node in recovery.matched]
+    for refit in recovery.refits:
         if not refit.used:
             continue
         ridges = sorted({r for r in refit.ridges if r is not None})

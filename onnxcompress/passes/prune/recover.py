@@ -24,15 +24,17 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcompress.calibration.join import join
+from onnxcompress.calibration.statistics import REFERENCE_PREFIX
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
 from onnxcompress.passes.prune.budget import Removed
-from onnxcompress.passes.prune.consumers import Consumer, Layers
+from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.fit import FOLDS, Fitting, fold_count
 from onnxcompress.passes.prune.jobs import Job, Refit, jobs_of
+from onnxcompress.passes.prune.norms import Norm
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.rows import RowSource
 from onnxcompress.passes.prune.stages import plan_stages
@@ -49,10 +51,12 @@ class Recovery:
 
     Attributes:
         refits: The layers treated, in topological order of their levels.
+        matched: Nodes of BatchNormalization with new statistics.
         untreated: Node name to the reason.
     """
 
     refits: tuple[Refit, ...]
+    matched: tuple[str, ...]
     untreated: Mapping[str, str]
 
 
@@ -79,20 +83,29 @@ def recover(
     masked = mask(model, coupling, removed)
     kept = coupling.kept(removed)
     levels, untreated = jobs_of(model, masked, coupling, kept, layers, options.recover_all)
-    both = _Both.of(masked, reference, [job.consumer for level in levels for job in level])
+    both = _Both.of(
+        masked, reference, [n for level in levels for job in level for n in job.written]
+    )
     done: list[Refit] = []
+    matched: list[str] = []
     with _Running(both, [both.wanted(level) for level in levels], ctx) as running:
         for number, level in enumerate(levels, start=1):
             text = f"prune: refitting layers, step {number} of {len(levels)}"
             stream = running.advance(number, text)
             for job in level:
+                if isinstance(job, Norm):
+                    name = both.names[f"{REFERENCE_PREFIX}{job.original}"]
+                    rows = RowSource(stream, job.plan(name, ctx.seed))
+                    if job.match((both.model, model), rows):
+                        matched.append(job.node)
+                    continue
                 folds = running.folds(job.consumer.width)
                 source = RowSource(stream, job.plan(both.names, folds, ctx.seed))
                 fit = Fitting(both.model, job, source, folds, options.ridge).run()
                 done.append(fit.refit)
                 for changed in (both.model, model):
                     job.consumer.write(changed, fit.weight, fit.bias)
-    return Recovery(tuple(done), untreated)
+    return Recovery(tuple(done), tuple(matched), untreated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +121,23 @@ class _Both:
     names: Mapping[str, str]
 
     @classmethod
-    def of(cls, masked: ir.Model, reference: ir.Model, consumers: Iterable[Consumer]) -> _Both:
+    def of(cls, masked: ir.Model, reference: ir.Model, written: Iterable[str]) -> _Both:
         """Join the two.
 
         Args:
             masked: The masked model; it is changed.
             reference: The original.
-            consumers: The layers that will get new weights.
+            written: Initializers that will get new values.
         """
-        for consumer in consumers:
-            for name in (consumer.weight, consumer.bias):
-                array = None if name is None else constant_of(masked.graph.initializers[name])
-                if name is not None and array is not None:
-                    # An equal tensor of its own, for the original must keep the old weights.
-                    set_initializer(masked.graph, name, array)
+        for name in written:
+            array = constant_of(masked.graph.initializers[name])
+            if array is not None:
+                # An equal tensor of its own, for the original must keep the old weights.
+                set_initializer(masked.graph, name, array)
         joined = join(masked, reference)
         return cls(masked, {name: value.name or "" for name, value in joined.items()})
 
-    def wanted(self, level: Sequence[Job]) -> tuple[str, ...]:
+    def wanted(self, level: Sequence[Job | Norm]) -> tuple[str, ...]:
         """The values that the layers of a level are fitted to."""
         names = [n for job in level for n in (job.data, *(name for name, _ in job.target))]
         return tuple(dict.fromkeys(self.names.get(name, name) for name in names))

@@ -7,12 +7,13 @@ counted beside the bins, since they cost nothing on any grid that holds 0.
 
 Within a bin values count as evenly spread. Rounding ``x`` to the grid ``s (q - z)``, ``q`` in
 ``[low, high]``, with ends ``a <= 0 <= b``, has the error ``e(x) = x - s round(x / s)`` inside and
-``x - a``, ``x - b`` outside, so the squared error has the antiderivative
+``x - a``, ``x - b`` outside, so ``|e(x)|ᵖ`` has the antiderivative
 
-    F(x) = s³ n / 12 + t³ / 3 + min(x - a, 0)³ / 3 + max(x - b, 0)³ / 3,
+    F(x) = (2 n (s / 2)ᵖ⁺¹ + [t]ᵖ⁺¹ + [min(x - a, 0)]ᵖ⁺¹ + [max(x - b, 0)]ᵖ⁺¹) / (p + 1),
 
-with ``c = clip(x, a, b)``, ``n = round(c / s)`` and ``t = c - s n``; its mean over a bin is
-``(F(right) - F(left)) / w``, exactly, however fine or coarse the bins are against the steps.
+with ``c = clip(x, a, b)``, ``n = round(c / s)``, ``t = c - s n`` and ``[y]ᵖ = sign(y) |y|ᵖ``; its
+mean over a bin is ``(F(right) - F(left)) / w``, exactly, however fine or coarse the bins are
+against the steps.
 """
 
 from __future__ import annotations
@@ -66,16 +67,17 @@ class Histogram:
         edges = np.arange(first - half, last - half + 1, dtype=np.float64) * self.width
         return edges, self.counts[first:last].astype(np.float64)
 
-    def rounding_error(self, affine: Affine) -> float:
-        """Mean squared error of rounding all values to a grid.
+    def rounding_error(self, affine: Affine, power: float = 2.0) -> float:
+        """Mean of ``|error|ᵖ`` of rounding all values to a grid; squared errors by default.
 
         Args:
             affine: The grid, one scale for the whole tensor.
+            power: ``p``, positive.
         """
         edges, counts = self.occupied()
         if not len(counts):
             return 0.0
-        means = np.diff(_error_integral(edges, affine)) / self.width
+        means = np.diff(_error_integral(edges, affine, power)) / self.width
         return float(np.maximum(means, 0.0) @ counts) / self.count
 
     def divergence(self, affine: Affine) -> float:
@@ -139,15 +141,19 @@ class Histogram:
         return float(np.interp(rest, np.concatenate([[0.0], np.cumsum(counts)]), edges))
 
 
-def _error_integral(x: FloatArray, affine: Affine) -> FloatArray:
+def _error_integral(x: FloatArray, affine: Affine, power: float) -> FloatArray:
     """``F`` of the module's description."""
     s = float(affine.scale)
     a, b = float(affine.minimum), float(affine.maximum)
     inside = np.clip(x, a, b)
     n = np.rint(inside / s)
-    t = inside - s * n
-    outside = np.minimum(x - a, 0.0) ** 3 + np.maximum(x - b, 0.0) ** 3
-    return np.asarray(s**3 / 12 * n + (t**3 + outside) / 3)
+    parts = _signed_power(inside - s * n, power + 1)
+    parts += _signed_power(x - inside, power + 1)
+    return np.asarray((2 * (s / 2) ** (power + 1) * n + parts) / (power + 1))
+
+
+def _signed_power(y: FloatArray, power: float) -> FloatArray:
+    return np.asarray(np.sign(y) * np.abs(y) ** power)
 
 
 class HistogramSums:

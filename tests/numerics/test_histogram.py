@@ -66,15 +66,18 @@ def test_every_value_lies_in_its_bin(seed: int) -> None:
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
 @pytest.mark.parametrize("relu", [False, True])
-def test_the_error_of_rounding_is_the_measured_one(share: float, dtype: str, relu: bool) -> None:
+@pytest.mark.parametrize("power", [1.0, 2.0, 2.4])
+def test_the_error_of_rounding_is_the_measured_one(
+    share: float, dtype: str, relu: bool, power: float
+) -> None:
     values = normal(3, 200_000, 2.5)
     if relu:
         values = np.maximum(values, 0)
     grid = activation_grid("uint8" if dtype == "uint8" else "int8", symmetric=dtype == "int8")
     affine = affine_from_range(float(values.min()) * share, float(values.max()) * share, grid)
     rounded = dequantize(quantize(values, affine), affine)
-    measured = float(np.mean((values.astype(np.float64) - rounded) ** 2))
-    assert counted(values).rounding_error(affine) == pytest.approx(measured, rel=0.01)
+    measured = float(np.mean(np.abs(values.astype(np.float64) - rounded) ** power))
+    assert counted(values).rounding_error(affine, power) == pytest.approx(measured, rel=0.01)
 
 
 def test_exact_zeros_cost_nothing() -> None:

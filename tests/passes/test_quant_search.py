@@ -13,6 +13,7 @@ from onnxcompress import model_io
 from onnxcompress.calibration.synthetic import synthetic_dataset
 from onnxcompress.passes.quant import QuantOptions, QuantPass, quant_pass, search
 from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.options import Mode
 from onnxcompress.passes.quant.placement import Network
 from onnxcompress.passes.quant.search import Candidate, chosen_by
@@ -22,6 +23,7 @@ from tests.fixtures import fixture
 from tests.running import SETTINGS, context
 
 Cost = Callable[[frozenset[str]], float]
+"""Time of a placement, or its SQNR, by the nodes on integers."""
 
 
 def _model(name: str) -> ir.Model:
@@ -34,7 +36,12 @@ def _names(network: Network) -> frozenset[str]:
     return frozenset(n for n in network.nodes if n not in network.refusals)
 
 
-def _search(monkeypatch: pytest.MonkeyPatch, model: ir.Model, cost: Cost) -> search.Found:
+def _search(
+    monkeypatch: pytest.MonkeyPatch,
+    model: ir.Model,
+    cost: Cost,
+    fidelity: Cost = lambda _: 30.0,
+) -> search.Found:
     """Search ``model`` where a placement takes the time ``cost`` gives it."""
     network = Network(model, symmetric=False)
     allowed = chosen_by(network, _names(network), Candidate(pools=True))
@@ -60,8 +67,11 @@ def _search(monkeypatch: pytest.MonkeyPatch, model: ir.Model, cost: Cost) -> sea
     def build(choice: frozenset[str]) -> ir.Model:
         return choice  # type: ignore[return-value]
 
+    def rate(choice: ir.Model) -> Rated:
+        return Rated(choice, fidelity(choice), 1000)  # type: ignore[arg-type]
+
     progress = context(Path()).progress
-    return search.search(network, allowed, build, {}, seconds=60, progress=progress)
+    return search.search(network, allowed, build, rate, {}, seconds=60, progress=progress)
 
 
 def _slow(*names: str) -> Cost:
@@ -89,18 +99,29 @@ def test_slow_depthwise_convolutions_stay_float(monkeypatch: pytest.MonkeyPatch)
     assert chosen.isdisjoint(depthwise)
 
 
-def test_where_integers_win_everywhere_all_but_the_clock_says_so(
+def test_where_integers_win_everywhere_everything_is_on_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = _search(monkeypatch, _model("conv_chain"), _slow())
-    assert (found.candidate.suffix, found.candidate.channels) == (0, 0)
-    assert found.candidate.prefix <= 1
+    assert (found.candidate.suffix, found.candidate.channels, found.candidate.prefix) == (0, 0, 0)
 
 
 def test_a_small_gain_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _search(monkeypatch, _model("conv_chain"), lambda chosen: 10 + 0.01 * len(chosen))
-    assert found.candidate.suffix == 0
-    assert found.candidate.prefix <= 1
+    assert (found.candidate.suffix, found.candidate.prefix) == (0, 0)
+
+
+@pytest.mark.parametrize(("gain_db", "slower", "prefix"), [(3, 1.01, 1), (3, 1.05, 0), (8, 1.05, 1)])
+def test_accuracy_decides_where_times_are_near(
+    gain_db: float, slower: float, prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _search(
+        monkeypatch,
+        _model("conv_chain"),
+        lambda chosen: 10 * slower ** ("conv_0" not in chosen) + len({"conv_1", "conv_2"} - chosen),
+        lambda chosen: 25.0 + gain_db * ("conv_0" not in chosen),
+    )
+    assert found.candidate.prefix == prefix
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,9 @@ _ENDLESS = (
     "it meets a tensor with infinite values or NaN, as masks have, which integers cannot hold"
 )
 
+AUTO_RANGES = (RangeMethod.NORM, RangeMethod.MSE, RangeMethod.MINMAX)
+"""What ``ranges=auto`` compares; none of them is the best everywhere."""
+
 _CLEARLY_DB = 10.0
 """Outputs better than the least SQNR by this need no look at single nodes."""
 
@@ -206,7 +209,7 @@ class Builder:
             return replace(self._calibrated(plan, method, wide, self._ctx), halves=halves)
         few = few_samples(self._ctx)
         best = max(
-            (self._calibrated(plan, m, wide, few) for m in (RangeMethod.MSE, RangeMethod.MINMAX)),
+            (self._calibrated(plan, m, wide, few) for m in AUTO_RANGES),
             key=Built.worst_output,
         )
         # Few samples show which ranges are better; what biases lack needs them all.
@@ -214,15 +217,37 @@ class Builder:
             best = self._calibrated(plan, best.method, wide, self._ctx)
         return replace(best, halves=halves)
 
+    def draft(self, chosen: frozenset[str]) -> Built:
+        """A model to cut placements out of, near enough to the careful one to compare them.
+
+        Its biases see a few samples. Products are rounded to nearest: they may yet be smoothed,
+        which changes what is to be rounded.
+        """
+        plan, method = make_plan(self.network, chosen), self._options.ranges
+        nodes = self.network.nodes
+        known = {
+            name: covariance
+            for name, covariance in self._measured.covariances.items()
+            if nodes[name].op_type == "Conv"
+        }
+        best = RangeMethod.NORM if method is RangeMethod.AUTO else method
+        return self._calibrated(plan, best, frozenset(), few_samples(self._ctx), known)
+
     def _calibrated(
-        self, plan: Plan, method: RangeMethod, wide: frozenset[str], ctx: PassContext
+        self,
+        plan: Plan,
+        method: RangeMethod,
+        wide: frozenset[str],
+        ctx: PassContext,
+        known: Mapping[str, FloatArray] | None = None,
     ) -> Built:
         """The model with one way of choosing ranges, biases corrected on the data of ``ctx``."""
+        known = self._measured.covariances if known is None else known
         groups = make_groups(self.network, plan, self._measured.ranges)
         affines = choose_affines(self._measured, groups, self._grid, method)
         wides = range_affines(groups, wide_grid(self._grid))
         affines |= {point: wides[point] for point in wide_points(self.network, plan, wide)}
-        layers = self._layers(plan, affines, self._measured.covariances)
+        layers = self._layers(plan, affines, known)
         quantized = self.write(plan, affines, layers)
         corrected = self._corrected(self._weighted(plan))
         correction = correct_biases(ctx, self.model, quantized, corrected)

@@ -50,13 +50,16 @@ class Rated:
     sqnr_db: float
     bytes: int
 
+    @property
+    def merit(self) -> float:
+        """The part of the score that the clock has no say in."""
+        return _PER_DB * min(self.sqnr_db, _SATURATED_DB) - _PER_BYTES * math.log(
+            max(self.bytes, 1)
+        )
+
     def score(self, seconds: float) -> float:
         """The number that decides, for a run that takes ``seconds``."""
-        return (
-            -math.log(seconds)
-            + _PER_DB * min(self.sqnr_db, _SATURATED_DB)
-            - _PER_BYTES * math.log(max(self.bytes, 1))
-        )
+        return self.merit - math.log(seconds)
 
 
 class Judge:

@@ -1,7 +1,8 @@
 """Placements that the clock found before, for the same model on the same kind of machine.
 
-The time of a placement depends on operators, shapes and machine, not on the values of weights, so
-an entry's key is a digest of the graph (operators, attributes, connections, shapes, types and the
+The time of a placement depends on operators, shapes and machine, not on the values of weights, and
+what it does to accuracy little: a network that is trained anew takes the same placement. So an
+entry's key is a digest of the graph (operators, attributes, connections, shapes, types and the
 values of small constants such as shapes), the sample's shapes, the nodes that may run on integers,
 the target and the processor's features, the versions of onnxruntime and of this package, and the
 options that bear on the search.
@@ -24,7 +25,7 @@ from onnxcompress.runtime import Array
 from onnxcompress.targets import Target, cpu_features
 
 _KIND = "placements"
-_FORM = 2
+_FORM = 3
 """Raised when what is stored, or how placements are searched, changes."""
 
 _SMALL_BYTES = 1024

@@ -19,6 +19,7 @@ class RangeMethod(enum.Enum):
     PERCENTILE = "percentile"
     ENTROPY = "entropy"
     MSE = "mse"
+    NORM = "norm"
 
 
 class Rounding(enum.Enum):
@@ -105,8 +106,9 @@ class QuantOptions(PassOptions):
     ranges: RangeMethod = option(
         RangeMethod.AUTO,
         "how activation ranges are chosen: minmax, moving_average (of each sample's extremes), "
-        "percentile, entropy (least Kullback-Leibler divergence), mse (least rounding error), or "
-        "auto (mse or minmax, whichever keeps the outputs nearer to float)",
+        "percentile, entropy (least Kullback-Leibler divergence), mse (least squared error), norm "
+        "(least mean of |error|^2.4), or auto (norm, mse or minmax, whichever keeps the outputs "
+        "nearest to float)",
     )
     percentile: float = option(
         99.99,

@@ -125,7 +125,7 @@ def group_candidates(group: Group, grid: Grid, *, fine: bool = False) -> tuple[A
     """
     if fine:
         return clip_candidates(*group.range, grid, count=64, ratio=0.965)
-    return clip_candidates(*group.range, grid)
+    return clip_candidates(*group.range, grid, count=20, ratio=0.92)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

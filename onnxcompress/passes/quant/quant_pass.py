@@ -23,6 +23,7 @@ from onnxcompress.passes.quant.clock import run_times
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
 from onnxcompress.passes.quant.dynamic import NOT_FASTER, Static, add_dynamic, plan_dynamic
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
+from onnxcompress.passes.quant.judge import Judge
 from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.operators import RULES, WEIGHT, Kind
@@ -396,11 +397,15 @@ class _Run:
             )
             self._figures |= {"placements_timed": 0, "search_seconds": 0.0}
             return known.candidate
+        assert self._statistics.calibration is not None  # noqa: S101 - there are feeds
+        draft = self._builder.draft(allowed)
+        judge = Judge(self._float, self._statistics.calibration)
         with self._budget.spend(_PLACEMENT_SHARE) as seconds:
             found = search(
                 self._builder.network,
                 allowed,
-                lambda chosen: self._builder.rough(chosen)[1],
+                lambda chosen: self._builder.part_of(draft, chosen),
+                judge.rate,
                 feeds,
                 seconds=seconds,
                 progress=self._ctx.progress,

@@ -1,13 +1,17 @@
-"""Placement found by the clock: which nodes to leave in float so that the model is fastest.
+"""Placement found by measuring: which nodes to leave in float so that speed and accuracy are best.
 
 An integer kernel is not always the faster one: image stems, narrow depthwise convolutions and the
 last layers often are quicker in float, and each change between the two costs a pass over a tensor.
-Which is which depends on shapes, kernels and machine, so a few placements are built with rough
-scales (timing does not depend on values) and timed against the best one so far, interleaved, with
-one thread.
+Which is which depends on shapes, kernels and machine, so a few placements are cut out of one
+quantized model and timed against the best one so far, interleaved, with one thread.
 
-The search goes through one property after another, times all its alternatives in turns and keeps
-the fastest, so its cost is the number of alternatives, not of combinations.
+The clock alone would decide ties by chance, between models that differ by some decibels: what
+decides is the score of :mod:`onnxcompress.passes.quant.judge`, in which a decibel is worth a percent
+of time. The first layers and the last, which matter most for accuracy, so stay in float unless
+integers are clearly faster there.
+
+The search goes through one property after another, measures all its alternatives in turns and keeps
+the best, so its cost is the number of alternatives, not of combinations.
 """
 
 from __future__ import annotations
@@ -20,24 +24,14 @@ import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.operators import WEIGHT, Kind, attribute
 from onnxcompress.passes.quant.placement import Network, make_plan
 from onnxcompress.progress import Progress
-from onnxcompress.runtime import Array, Session, SessionSettings, open_session
+from onnxcompress.runtime import Array, SessionSettings, open_session
 
-_HANDICAP = 1.02
-"""A change must make the model this much faster: less is within the noise of the clock."""
-
-_STEM_HANDICAP = 0.99
-"""The first layer holds few weights and sees the input at full precision: on a tie it is float."""
-
-_LONGER_STEM_HANDICAP = 0.995
-"""So are the layers after it, which are narrow as well."""
-
-_FEW_WEIGHTS = 0.01
-_FEW_ELEMENTS = 16384
-"""With more weights than this and than that share of all, the first layers have to be faster in
-float to stay there."""
+_MARGIN = 0.01
+"""A change must raise the score by this much: less is within the noise of the clock."""
 
 _SECONDS_PER_ROUND = 0.15
 """Most time to measure for each alternative."""
@@ -89,7 +83,7 @@ class Found:
     """What the search ended with.
 
     Attributes:
-        candidate: The fastest placement.
+        candidate: The best placement.
         timed: Placements timed.
         seconds: Time spent.
     """
@@ -142,8 +136,11 @@ def _width(node: ir.Node) -> tuple[int, int, bool]:
     return shape[0], shape[1] * groups, False
 
 
-Variants = list[tuple[Candidate, float]]
-"""Alternatives to the best candidate, each with the factor its time is multiplied by."""
+Variants = list[Candidate]
+"""Alternatives to the best candidate."""
+
+Rate = Callable[[ir.Model], Rated]
+"""Measures the outputs of a model beside those of float."""
 
 
 def alternatives(
@@ -152,38 +149,31 @@ def alternatives(
     """The properties to search, each as a function from the best candidate to its alternatives."""
     weighted = [n for n in network.of_kind(Kind.WEIGHTED) if n.name in allowed]
     widths = [_width(n) for n in weighted]
-    constants = [constant_of(n.inputs[WEIGHT]) for n in weighted]
-    sizes = [0 if weight is None else weight.size for weight in constants]
     depthwise = [outputs for _, outputs, is_depthwise in widths if is_depthwise]
     ordinary = [min(i, o) for i, o, is_depthwise in widths if not is_depthwise]
     joining = {n.op_type for n in network.of_kind(Kind.JOINING) if n.name in allowed}
 
-    def stem_handicap(length: int) -> float:
-        if sum(sizes[:length]) > max(_FEW_WEIGHTS * sum(sizes), _FEW_ELEMENTS):
-            return _HANDICAP
-        return _STEM_HANDICAP if length == 1 else _LONGER_STEM_HANDICAP
-
     def stems(best: Candidate) -> Variants:
         longest = min(2, len(weighted) - 1)
-        return [(replace(best, prefix=k), stem_handicap(k)) for k in range(1, longest + 1)]
+        return [replace(best, prefix=k) for k in range(1, longest + 1)]
 
     def longer_stems(best: Candidate) -> Variants:
         if best.prefix < 2:
             return []
         longest = min(4, len(weighted) - 1)
-        return [(replace(best, prefix=k), stem_handicap(k)) for k in range(3, longest + 1)]
+        return [replace(best, prefix=k) for k in range(3, longest + 1)]
 
     def depths(best: Candidate) -> Variants:
         steps = [s for s in (64, 128, 256) if min(depthwise) < s <= max(depthwise)]
-        return [(replace(best, depthwise=s), _HANDICAP) for s in (*steps, _WIDE)]
+        return [replace(best, depthwise=s) for s in (*steps, _WIDE)]
 
     def channels(best: Candidate) -> Variants:
         steps = [s for s in (16, 32, 64) if min(ordinary) < s <= max(ordinary)]
-        return [(replace(best, channels=s), _HANDICAP) for s in steps]
+        return [replace(best, channels=s) for s in steps]
 
     def tails(best: Candidate) -> Variants:
         longest = min(2, len(weighted) - 1 - best.prefix)
-        return [(replace(best, suffix=k), _HANDICAP) for k in range(1, longest + 1)]
+        return [replace(best, suffix=k) for k in range(1, longest + 1)]
 
     if depthwise:
         yield depths
@@ -191,9 +181,9 @@ def alternatives(
         yield stems
         yield longer_stems
     if {"Add", "Mul"} & joining:
-        yield lambda best: [(replace(best, joins=False), _HANDICAP)]
+        yield lambda best: [replace(best, joins=False)]
     if joining - {"Add", "Mul", "Concat"}:
-        yield lambda best: [(replace(best, pools=True), _HANDICAP)]
+        yield lambda best: [replace(best, pools=True)]
     if ordinary:
         yield channels
     if len(weighted) > 1:
@@ -204,17 +194,19 @@ def search(
     network: Network,
     allowed: frozenset[str],
     build: Callable[[frozenset[str]], ir.Model],
+    rate: Rate,
     feeds: Mapping[str, Array],
     *,
     seconds: float,
     progress: Progress,
 ) -> Found:
-    """Find the fastest candidate.
+    """Find the candidate with the best score.
 
     Args:
         network: The float model.
         allowed: Nodes that may run on integers.
         build: Makes the model that runs the given nodes on integers.
+        rate: Measures its fidelity and size.
         feeds: One sample.
         seconds: No further placement is built or timed after this time.
         progress: Where to report progress.
@@ -223,29 +215,42 @@ def search(
     settings = SessionSettings(threads=1)
     best = default_candidate(network, allowed)
     choice = chosen_by(network, allowed, best)
-    session = open_session(build(choice), settings)
+    leader = _Rival(best, build(choice), rate, settings)
     seen = {make_plan(network, choice).nodes}
     timed = 0
     properties = list(alternatives(network, allowed))
     with progress.task("timing placements", total=len(properties)) as task:
         for variants in properties:
-            rivals: list[tuple[Candidate, float, Session]] = [(best, 1.0, session)]
-            for candidate, handicap in variants(best):
+            rivals = [leader]
+            for candidate in variants(leader.candidate):
                 choice = chosen_by(network, allowed, candidate)
                 nodes = make_plan(network, choice).nodes
                 if nodes in seen or not nodes or time.monotonic() - started > seconds:
                     continue
                 seen.add(nodes)
-                rivals.append((candidate, handicap, open_session(build(choice), settings)))
+                rivals.append(_Rival(candidate, build(choice), rate, settings))
             if len(rivals) > 1:
-                sessions = [rival for _, _, rival in rivals]
                 left = max(seconds - (time.monotonic() - started), 0.0)
                 longest = min(_SECONDS_PER_ROUND * len(rivals), left)
-                times = run_times(sessions, feeds, seconds=longest, decide=True)
+                times = run_times([r.session for r in rivals], feeds, seconds=longest, decide=True)
                 timed += len(rivals) - 1
-                for (candidate, _, _), run_time in zip(rivals, times, strict=True):
-                    progress.log(f"{run_time * 1e3:.3f} ms {candidate}")
-                marks = [run_time * rival[1] for run_time, rival in zip(times, rivals, strict=True)]
-                best, _, session = rivals[marks.index(min(marks))]
+                for rival, run_time in zip(rivals, times, strict=True):
+                    progress.log(
+                        f"{run_time * 1e3:.3f} ms, {rival.rated.sqnr_db:.1f} dB {rival.candidate}"
+                    )
+                scores = [r.rated.score(each) for r, each in zip(rivals, times, strict=True)]
+                scores[0] += _MARGIN
+                leader = rivals[scores.index(max(scores))]
             task.advance()
-    return Found(best, timed, time.monotonic() - started)
+    return Found(leader.candidate, timed, time.monotonic() - started)
+
+
+class _Rival:
+    """A candidate, ready to be timed."""
+
+    def __init__(
+        self, candidate: Candidate, model: ir.Model, rate: Rate, settings: SessionSettings
+    ) -> None:
+        self.candidate = candidate
+        self.rated = rate(model)
+        self.session = open_session(model, settings)

@@ -1,14 +1,18 @@
-"""The time that all searches of one run may take together."""
+"""The time that all searches of one run may take together.
+
+It is processor time: other programs on the machine must not cut a search short.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from onnxcompress.passes.quant.clock import fine_clock
+
 
 class Budget:
-    """Seconds on the wall clock, spent by one search after the other.
+    """Seconds of processor time, spent by one search after the other.
 
     Args:
         seconds: All that may be spent.
@@ -17,6 +21,7 @@ class Budget:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._spent = 0.0
+        self._clock = fine_clock()
 
     @property
     def spent(self) -> float:
@@ -38,8 +43,8 @@ class Budget:
         Yields:
             Seconds that may be spent.
         """
-        started = time.monotonic()
+        started = self._clock()
         try:
             yield min(self.left, share * self._seconds)
         finally:
-            self._spent += time.monotonic() - started
+            self._spent += self._clock() - started

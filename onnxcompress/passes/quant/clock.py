@@ -25,7 +25,7 @@ _CLEAR = 1.05
 """Slower by this factor, a model will not turn out to be the fastest."""
 
 
-def _clock() -> Callable[[], float]:
+def fine_clock() -> Callable[[], float]:
     """Processor time of this thread where it is fine enough, else the wall clock (Windows)."""
     fine = time.get_clock_info("thread_time").resolution <= _BLOCK_SECONDS / 100
     return time.thread_time if fine else time.perf_counter
@@ -47,7 +47,7 @@ def run_times(
         decide: Measure only until it is clear which one is fastest: models that clearly are not
             drop out early, and the times of what is left need not be as exact.
     """
-    clock = _clock()
+    clock = fine_clock()
     stop = time.monotonic() + seconds
     counts = []
     for session in sessions:

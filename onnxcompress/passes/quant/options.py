@@ -164,8 +164,8 @@ class QuantOptions(PassOptions):
     )
     search_seconds: float = option(
         5.0,
-        "most time for all searches by the clock together (objective=latency); 0 takes the "
-        "defaults",
+        "most processor time for all searches by the clock together (objective=latency); 0 "
+        "takes the defaults",
         minimum=0.0,
     )
     cache: bool = option(

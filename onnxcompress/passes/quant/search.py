@@ -16,14 +16,13 @@ the best, so its cost is the number of alternatives, not of combinations.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.clock import fine_clock, run_times
 from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.operators import WEIGHT, Kind, attribute
 from onnxcompress.passes.quant.placement import Network, make_plan
@@ -85,7 +84,7 @@ class Found:
     Attributes:
         candidate: The best placement.
         timed: Placements timed.
-        seconds: Time spent.
+        seconds: Processor time spent.
     """
 
     candidate: Candidate
@@ -208,10 +207,11 @@ def search(
         build: Makes the model that runs the given nodes on integers.
         rate: Measures its fidelity and size.
         feeds: One sample.
-        seconds: No further placement is built or timed after this time.
+        seconds: No further placement is built or timed after this processor time.
         progress: Where to report progress.
     """
-    started = time.monotonic()
+    clock = fine_clock()  # on a busy machine the search must not end sooner
+    started = clock()
     settings = SessionSettings(threads=1)
     best = default_candidate(network, allowed)
     choice = chosen_by(network, allowed, best)
@@ -225,12 +225,12 @@ def search(
             for candidate in variants(leader.candidate):
                 choice = chosen_by(network, allowed, candidate)
                 nodes = make_plan(network, choice).nodes
-                if nodes in seen or not nodes or time.monotonic() - started > seconds:
+                if nodes in seen or not nodes or clock() - started > seconds:
                     continue
                 seen.add(nodes)
                 rivals.append(_Rival(candidate, build(choice), rate, settings))
             if len(rivals) > 1:
-                left = max(seconds - (time.monotonic() - started), 0.0)
+                left = max(seconds - (clock() - started), 0.0)
                 longest = min(_SECONDS_PER_ROUND * len(rivals), left)
                 times = run_times([r.session for r in rivals], feeds, seconds=longest, decide=True)
                 timed += len(rivals) - 1
@@ -242,7 +242,7 @@ def search(
                 scores[0] += _MARGIN
                 leader = rivals[scores.index(max(scores))]
             task.advance()
-    return Found(leader.candidate, timed, time.monotonic() - started)
+    return Found(leader.candidate, timed, clock() - started)
 
 
 class _Rival:

@@ -56,9 +56,9 @@ def _search(
     kept: list[Session] = []
 
     def fake_times(
-        sessions: Sequence[Session], feeds: Mapping[str, Array], *, seconds: float, decide: bool
+        sessions: Sequence[Session], feeds: Mapping[str, Array], *, seconds: float, clear: float
     ) -> list[float]:
-        del feeds, seconds, decide
+        del feeds, seconds, clear
         return [cost(built[id(s)]) for s in sessions]
 
     monkeypatch.setattr(search, "open_session", fake_open)
@@ -67,7 +67,7 @@ def _search(
     def build(choice: frozenset[str]) -> ir.Model:
         return choice  # type: ignore[return-value]
 
-    def rate(choice: ir.Model) -> Rated:
+    def rate(choice: ir.Model, _: Session) -> Rated:
         return Rated(choice, fidelity(choice), 1000)  # type: ignore[arg-type]
 
     progress = context(Path()).progress
@@ -111,7 +111,9 @@ def test_a_small_gain_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.candidate.suffix, found.candidate.prefix) == (0, 0)
 
 
-@pytest.mark.parametrize(("gain_db", "slower", "prefix"), [(3, 1.01, 1), (3, 1.05, 0), (8, 1.05, 1)])
+@pytest.mark.parametrize(
+    ("gain_db", "slower", "prefix"), [(3, 1.01, 1), (3, 1.05, 0), (8, 1.05, 1)]
+)
 def test_accuracy_decides_where_times_are_near(
     gain_db: float, slower: float, prefix: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

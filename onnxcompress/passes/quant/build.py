@@ -26,7 +26,13 @@ from onnxcompress.passes.quant.correction import (
 )
 from onnxcompress.passes.quant.insertion import insert
 from onnxcompress.passes.quant.kernels import unfused
-from onnxcompress.passes.quant.measure import Measured, choose_affines, few_samples, measure
+from onnxcompress.passes.quant.measure import (
+    Measured,
+    bias_samples,
+    choose_affines,
+    few_samples,
+    measure,
+)
 from onnxcompress.passes.quant.operators import Kind, data_inputs
 from onnxcompress.passes.quant.options import (
     Activations,
@@ -143,11 +149,11 @@ class Builder:
         on: no grid of integers holds them.
         """
         nodes = [self.network.nodes[name] for name in chosen]
-        moving = list(self.network.of_kind(Kind.MOVING))
+        # What a moving node passes on was measured before it; what a Relu cuts off is no point.
         points = dict.fromkeys(
             value.name or ""
-            for node in (*nodes, *moving)
-            for value in (*data_inputs(node), node.outputs[0], self.network.result(node))
+            for node in nodes
+            for value in (*data_inputs(node), self.network.result(node))
         )
         weighted = {
             node.name or "": node
@@ -206,15 +212,16 @@ class Builder:
         if is_wide(self._grid):
             method = RangeMethod.MINMAX  # nothing is to be gained by clipping 16 bits
         if method is not RangeMethod.AUTO:
-            return replace(self._calibrated(plan, method, wide, self._ctx), halves=halves)
-        few = few_samples(self._ctx)
+            best = self._calibrated(plan, method, wide, bias_samples(self._ctx))
+            return replace(best, halves=halves)
+        few, enough = few_samples(self._ctx), bias_samples(self._ctx)
         best = max(
             (self._calibrated(plan, m, wide, few) for m in AUTO_RANGES),
             key=Built.worst_output,
         )
-        # Few samples show which ranges are better; what biases lack needs them all.
+        # Few samples show which ranges are better; what biases lack needs more.
         if few is not self._ctx and best.correction.shifts:
-            best = self._calibrated(plan, best.method, wide, self._ctx)
+            best = self._calibrated(plan, best.method, wide, enough)
         return replace(best, halves=halves)
 
     def draft(self, chosen: frozenset[str]) -> Built:

@@ -21,9 +21,6 @@ _MIN_ROUNDS = 7
 _MAX_ROUNDS = 150
 _WARMUP_RUNS = 3
 
-_CLEAR = 1.05
-"""Slower by this factor, a model will not turn out to be the fastest."""
-
 
 def fine_clock() -> Callable[[], float]:
     """Processor time of this thread where it is fine enough, else the wall clock (Windows)."""
@@ -36,19 +33,19 @@ def run_times(
     feeds: Mapping[str, Array],
     *,
     seconds: float,
-    decide: bool = False,
+    clear: float | None = None,
 ) -> list[float]:
     """Time of one run of each model, in seconds.
 
     Args:
         sessions: Models opened with one thread.
         feeds: One run's inputs.
-        seconds: About how long to measure all of them, at most.
-        decide: Measure only until it is clear which one is fastest: models that clearly are not
-            drop out early, and the times of what is left need not be as exact.
+        seconds: About how much processor time to spend on all of them, at most.
+        clear: Measure only until one is left: a model that in three of four turns takes this many
+            times as long as the fastest one, or longer, drops out. 1 only finds the fastest.
     """
     clock = fine_clock()
-    stop = time.monotonic() + seconds
+    stop = clock() + seconds
     counts = []
     for session in sessions:
         for _ in range(_WARMUP_RUNS):
@@ -58,23 +55,25 @@ def run_times(
     times: list[list[float]] = [[] for _ in sessions]
     places = list(range(len(sessions)))
     for turn in range(_MAX_ROUNDS):
-        if turn >= _MIN_ROUNDS and (time.monotonic() > stop or (decide and len(places) < 2)):
+        if turn >= _MIN_ROUNDS and (clock() > stop or (clear is not None and len(places) < 2)):
             break
         for place in places if turn % 2 == 0 else reversed(places):
             times[place].append(_block(sessions[place], feeds, counts[place], clock))
-        if decide and turn + 1 >= _MIN_ROUNDS:
-            places = _in_the_race(times, places)
+        if clear is not None and turn + 1 >= _MIN_ROUNDS:
+            places = _in_the_race(times, places, clear)
     return [float(np.quantile(each, 0.25)) for each in times]
 
 
-def _in_the_race(times: Sequence[Sequence[float]], places: Sequence[int]) -> list[int]:
-    """Those that were not slower than the fastest by ``_CLEAR`` in three of four turns."""
+def _in_the_race(
+    times: Sequence[Sequence[float]], places: Sequence[int], clear: float
+) -> list[int]:
+    """Those that were not slower than the fastest by ``clear`` in three of four turns."""
     lead = min(places, key=lambda place: float(np.quantile(times[place], 0.25)))
     leading = np.asarray(times[lead])
     return [
         place
         for place in places
-        if place == lead or np.quantile(np.asarray(times[place]) / leading, 0.25) < _CLEAR
+        if place == lead or np.quantile(np.asarray(times[place]) / leading, 0.25) < clear
     ]
 
 

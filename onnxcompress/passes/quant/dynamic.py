@@ -68,10 +68,16 @@ class Static:
     Attributes:
         report: Its report.
         nodes: The nodes that run on integers.
+        draft: Makes the same model with some of these nodes in float, scales and weights of the
+            others as they are.
+        again: Quantizes a copy of the model, in place, with some of these nodes in float, the
+            others where they are.
     """
 
     report: PassReport
     nodes: frozenset[str]
+    draft: Callable[[frozenset[str]], ir.Model] | None = None
+    again: StaticRun | None = None
 
 
 StaticRun = Callable[[ir.Model, frozenset[str]], Static]
@@ -232,17 +238,21 @@ class _Run:
             self._model.opset_imports.update(result.model.opset_imports)
         return self._merged(result)
 
-    def _based(self, kept: frozenset[str], *, alone: bool = False) -> _Base:
+    def _based(
+        self, kept: frozenset[str], *, before: Static | None = None, alone: bool = False
+    ) -> _Base:
         """Static quantization of everything but ``kept``; the rest may become dynamic.
 
         Args:
             kept: Nodes that stay float.
+            before: What static quantization made of the whole, where that is known.
             alone: Whether nothing with a weight would be static then: nothing is.
         """
         model = model_io.clone(self._work)
         static = Static(PassReport(), frozenset())
-        if self._static is not None and not alone:
-            static = self._static(model, kept)
+        run = self._static if before is None else before.again
+        if run is not None and not alone:
+            static = run(model, kept)
         embedded: tuple[Change, ...] = ()
         if not static.nodes and self._options.embeddings and not self._options.op_types:
             refused = frozenset(n.name or "" for n in model.graph if self._refuse(n))
@@ -292,15 +302,44 @@ class _Run:
             result = self._searched(base, judge)
             return result if self._keeps(result.model) else _Result(base, base.model, {})
         results = [self._searched(base, judge)] if base.items else []
-        worth = rivals.names and self._budget.left > 0
-        if worth and judge.rate(base.model).sqnr_db < _GOOD_ENOUGH_DB:
-            other = self._based(rivals.names, alone=rivals.alone)
+        if rivals.names and self._budget.left > 0 and self._better_dynamic(base, rivals, judge):
+            other = self._based(rivals.names, before=base.static, alone=rivals.alone)
             results.append(self._searched(other, judge))
+        if not results and not base.items:
+            return _Result(base, base.model, {})
         idle = {item.name: item.idle for item in base.items if item.idle is not None}
         results.append(
             self._built(base, Search(base.model, base.items, judge, self._grid, least_db=0.0), idle)
         )
         return self._fastest(results, judge)
+
+    def _better_dynamic(self, base: _Base, rivals: _Rivals, judge: Judge) -> bool:
+        """Whether a static result so far from float gains by dynamic products, as a draft shows it.
+
+        The draft is the static model with its products in float, and these in their usual form.
+        """
+        rated = judge.rate(base.model)
+        if rated.sqnr_db >= _GOOD_ENOUGH_DB:
+            return False
+        if base.static.draft is None:
+            return True
+        draft = base.static.draft(rivals.names)
+        items, _ = find_items(
+            draft,
+            lambda node: None if node.name in rivals.names else "it is static",
+            convolutions=False,
+        )
+        if not items:
+            return False
+        write_forms(draft, start(items), self._grid)
+        other = judge.rate(draft)
+        with self._budget.spend():
+            times = judge.times([base.model, draft])
+        self._ctx.progress.log(
+            f"static {times[0] * 1e3:.3f} ms, {rated.sqnr_db:.1f} dB; dynamic products, a draft: "
+            f"{times[1] * 1e3:.3f} ms, {other.sqnr_db:.1f} dB"
+        )
+        return other.score(times[1]) > rated.score(times[0])
 
     def _searched(self, base: _Base, judge: Judge) -> _Result:
         search = Search(base.model, base.items, judge, self._grid, least_db=self._least_db)

@@ -33,6 +33,8 @@ _SATURATED_DB = 40.0
 _PER_DB = 0.01
 _PER_BYTES = 0.05
 _SECONDS = 0.3
+_CLEAR = 1.3
+"""Slower than the fastest by this factor, no accuracy makes up for it: times need not be exact."""
 _UNUSABLE = -200.0
 
 
@@ -69,20 +71,30 @@ class Judge:
         reference: The float model.
         samples: Inputs to compare outputs on; a few are used.
         timed: One run's inputs to take times with; the first sample when None.
+        count: How many samples to compare outputs on.
     """
 
     def __init__(
-        self, reference: ir.Model, samples: Dataset, timed: Mapping[str, Array] | None = None
+        self,
+        reference: ir.Model,
+        samples: Dataset,
+        timed: Mapping[str, Array] | None = None,
+        count: int = _SAMPLES,
     ) -> None:
         self.reference = reference
         self._settings = SessionSettings(threads=1)
-        self._feeds = list(samples.spread(min(samples.sample_count, _SAMPLES)).batches(1))
+        self._feeds = list(samples.spread(min(samples.sample_count, count)).batches(1))
         self._timed = self._feeds[0] if timed is None else timed
         session = self._open(reference)
         self._wanted = [session.run(feeds) for feeds in self._feeds]
 
-    def rate(self, model: ir.Model) -> Rated:
-        """Run ``model`` on the samples and compare its outputs; -200 dB where it does not run."""
+    def rate(self, model: ir.Model, session: Session | None = None) -> Rated:
+        """Run ``model`` on the samples and compare its outputs; -200 dB where it does not run.
+
+        Args:
+            model: The model.
+            session: The model opened already, if it is.
+        """
         size = sum(
             v.const_value.nbytes
             for graph in model.graphs()
@@ -90,7 +102,7 @@ class Judge:
             if v.const_value is not None
         )
         try:
-            session = self._open(model)
+            session = session or self._open(model)
             found = [session.run(feeds) for feeds in self._feeds]
         except ModelError:
             return Rated(model, _UNUSABLE, size)
@@ -104,7 +116,7 @@ class Judge:
         best = [math.inf] * len(models)
         for _ in range(2):
             sessions = [self._open(model) for model in models]
-            times = run_times(sessions, self._timed, seconds=_SECONDS * len(models))
+            times = run_times(sessions, self._timed, seconds=_SECONDS * len(models), clear=_CLEAR)
             best = [min(pair) for pair in zip(best, times, strict=True)]
         return best
 

@@ -68,6 +68,9 @@ _REPAIRS = 3
 _PLACEMENT_SHARE = 0.6
 """Most of the time for searching that placements may take; the rest is for what comes after."""
 
+_PLACEMENT_SAMPLES = 16
+"""Samples on which the outputs of placements are compared with float."""
+
 _FINAL_SECONDS = 1.5
 """Time to compare the result with float."""
 
@@ -159,7 +162,7 @@ class QuantPass:
     ) -> Static:
         """Quantize ``model`` statically, in place, but for the nodes ``kept``."""
         run = _Run(self, self._options, model, ctx, kept, budget)
-        return Static(run.report(), run.integer_nodes)
+        return run.static()
 
     def needs_for(self, target: Target) -> frozenset[Statistic]:
         """Nothing where ranges are taken while the model runs."""
@@ -249,7 +252,8 @@ class _Run:
         kept: frozenset[str],
         budget: Budget,
     ) -> None:
-        self.integer_nodes: frozenset[str] = frozenset()
+        self._integer_nodes: frozenset[str] = frozenset()
+        self._result: Mixed | None = None
         self._kept = kept
         self._budget = budget
         self._owner = owner
@@ -296,13 +300,16 @@ class _Run:
                 "On integers this model is slower than in float here, so it was left as it is "
                 "(objective=size quantizes it all the same)."
             )
-        built = mixed.built
-        prepare(self._model)
-        self._embed(self._model)
-        smoothed(self._model, self._conditioned)
-        kept = self._builder.finish(self._model, built)
+        return self._written(self._model, mixed)
+
+    def _written(self, model: ir.Model, mixed: Mixed) -> PassReport:
+        """Write a result into ``model``, a copy of the model that the pass was given."""
+        prepare(model)
+        self._embed(model)
+        smoothed(model, self._conditioned)
+        kept = self._builder.finish(model, mixed.built)
         if self._options.format is Format.QOPERATOR:
-            self._figures["operators_on_integers"] = len(built.plan.nodes) - len(kept)
+            self._figures["operators_on_integers"] = len(mixed.built.plan.nodes) - len(kept)
         return self._done(mixed)
 
     def _embed(self, model: ir.Model) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
@@ -399,7 +406,7 @@ class _Run:
             return known.candidate
         assert self._statistics.calibration is not None  # noqa: S101 - there are feeds
         draft = self._builder.draft(allowed)
-        judge = Judge(self._float, self._statistics.calibration)
+        judge = Judge(self._float, self._statistics.calibration, count=_PLACEMENT_SAMPLES)
         with self._budget.spend(_PLACEMENT_SHARE) as seconds:
             found = search(
                 self._builder.network,
@@ -467,7 +474,7 @@ class _Run:
         sessions = [open_session(self._float, settings), open_session(quantized, settings)]
         feeds = self._ctx.calibration.first()
         for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
-            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience, decide=True)
+            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience, clear=1.0)
             if times[0] / times[1] >= _LOSES:
                 break
         return times[0] / times[1]
@@ -494,6 +501,24 @@ class _Run:
         self._reject(mixed.chosen - found.chosen, "in float the model is faster by the clock")
         return fewer, self._speed_ratio(fewer)
 
+    def static(self) -> Static:
+        """Quantize, and say what was done and how to do it with fewer nodes."""
+        report = self.report()
+        result = self._result
+        if result is None:
+            return Static(report, frozenset())
+
+        def draft(names: frozenset[str]) -> ir.Model:
+            return self._builder.part_of(result.built, result.chosen - names)
+
+        def again(model: ir.Model, names: frozenset[str]) -> Static:
+            fewer = self._mixer.rebuilt(result, result.chosen - names)
+            if fewer is None:
+                return Static(PassReport(), frozenset())
+            return Static(self._written(model, fewer), self._integer_nodes)
+
+        return Static(report, self._integer_nodes, draft, again)
+
     def _left_in_float(self, note: str) -> PassReport:
         return PassReport(
             skips=tuple(self._skips.values()),
@@ -502,9 +527,9 @@ class _Run:
         )
 
     def _done(self, mixed: Mixed) -> PassReport:
-        built = mixed.built
+        built, self._result = mixed.built, mixed
         network = self._builder.network
-        self.integer_nodes = frozenset(built.plan.nodes)
+        self._integer_nodes = frozenset(built.plan.nodes)
         changes = [*self._prepared, *self._embedded[0]]
         self._skips |= {skip.node: skip for skip in self._embedded[1]}
         for name in built.plan.nodes:

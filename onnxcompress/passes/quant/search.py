@@ -16,6 +16,7 @@ the best, so its cost is the number of alternatives, not of combinations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,13 +28,17 @@ from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.operators import WEIGHT, Kind, attribute
 from onnxcompress.passes.quant.placement import Network, make_plan
 from onnxcompress.progress import Progress
-from onnxcompress.runtime import Array, SessionSettings, open_session
+from onnxcompress.runtime import Array, Session, SessionSettings, open_session
 
 _MARGIN = 0.01
 """A change must raise the score by this much: less is within the noise of the clock."""
 
+_CLEAR = 1.1
+"""Slower than the fastest by this factor, an alternative needs no look at its outputs: it would
+have to be 10 dB nearer to float."""
+
 _SECONDS_PER_ROUND = 0.15
-"""Most time to measure for each alternative."""
+"""Most processor time to measure for each alternative."""
 
 _WIDE = 1 << 30
 
@@ -138,8 +143,8 @@ def _width(node: ir.Node) -> tuple[int, int, bool]:
 Variants = list[Candidate]
 """Alternatives to the best candidate."""
 
-Rate = Callable[[ir.Model], Rated]
-"""Measures the outputs of a model beside those of float."""
+Rate = Callable[[ir.Model, Session], Rated]
+"""Measures the outputs of a model, opened already, beside those of float."""
 
 
 def alternatives(
@@ -215,7 +220,7 @@ def search(
     settings = SessionSettings(threads=1)
     best = default_candidate(network, allowed)
     choice = chosen_by(network, allowed, best)
-    leader = _Rival(best, build(choice), rate, settings)
+    leader = _Rival(best, build(choice), settings)
     seen = {make_plan(network, choice).nodes}
     timed = 0
     properties = list(alternatives(network, allowed))
@@ -228,17 +233,18 @@ def search(
                 if nodes in seen or not nodes or clock() - started > seconds:
                     continue
                 seen.add(nodes)
-                rivals.append(_Rival(candidate, build(choice), rate, settings))
+                rivals.append(_Rival(candidate, build(choice), settings))
             if len(rivals) > 1:
                 left = max(seconds - (clock() - started), 0.0)
                 longest = min(_SECONDS_PER_ROUND * len(rivals), left)
-                times = run_times([r.session for r in rivals], feeds, seconds=longest, decide=True)
+                sessions = [rival.session for rival in rivals]
+                times = run_times(sessions, feeds, seconds=longest, clear=_CLEAR)
                 timed += len(rivals) - 1
+                scores = []
                 for rival, run_time in zip(rivals, times, strict=True):
-                    progress.log(
-                        f"{run_time * 1e3:.3f} ms, {rival.rated.sqnr_db:.1f} dB {rival.candidate}"
-                    )
-                scores = [r.rated.score(each) for r, each in zip(rivals, times, strict=True)]
+                    near = run_time <= _CLEAR * min(times)
+                    scores.append(rival.score(run_time, rate) if near else -math.inf)
+                    progress.log(f"{run_time * 1e3:.3f} ms{rival.fidelity} {rival.candidate}")
                 scores[0] += _MARGIN
                 leader = rivals[scores.index(max(scores))]
             task.advance()
@@ -248,9 +254,19 @@ def search(
 class _Rival:
     """A candidate, ready to be timed."""
 
-    def __init__(
-        self, candidate: Candidate, model: ir.Model, rate: Rate, settings: SessionSettings
-    ) -> None:
+    def __init__(self, candidate: Candidate, model: ir.Model, settings: SessionSettings) -> None:
         self.candidate = candidate
-        self.rated = rate(model)
         self.session = open_session(model, settings)
+        self._model = model
+        self._rated: Rated | None = None
+
+    @property
+    def fidelity(self) -> str:
+        """What is known of its outputs, for the log."""
+        return "" if self._rated is None else f", {self._rated.sqnr_db:.1f} dB"
+
+    def score(self, seconds: float, rate: Rate) -> float:
+        """Its score for a run that takes ``seconds``; its outputs are looked at once."""
+        if self._rated is None:
+            self._rated = rate(self._model, self.session)
+        return self._rated.score(seconds)

@@ -49,8 +49,8 @@ _BINNED = frozenset({RangeMethod.AUTO, RangeMethod.ENTROPY, RangeMethod.MSE, Ran
 
 _POWERS = {RangeMethod.MSE: 2.0, RangeMethod.NORM: 2.4}
 """What errors are raised to. Above 2, what is cut off weighs more: few values, but those that
-decide in the layers behind. Measured beside 2 and 3 on image classifiers; Nahshan et al. 2021, "Loss
-aware post-training quantization", search between such norms as well."""
+decide in the layers behind. Measured beside 2 and 3 on image classifiers; Nahshan et al. 2021,
+"Loss aware post-training quantization", search between such norms as well."""
 
 _ROWS_PER_COLUMN = 8
 _MIN_ROWS = 4096
@@ -197,7 +197,7 @@ def few_samples(ctx: PassContext) -> PassContext:
 
 
 def bias_samples(ctx: PassContext) -> PassContext:
-    """The job with as many samples as biases need."""
+    """The job with as many samples as means need: what biases lack, how channels differ."""
     return _spread(ctx, _BIAS_SAMPLES)
 
 

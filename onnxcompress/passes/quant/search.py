@@ -6,9 +6,9 @@ Which is which depends on shapes, kernels and machine, so a few placements are c
 quantized model and timed against the best one so far, interleaved, with one thread.
 
 The clock alone would decide ties by chance, between models that differ by some decibels: what
-decides is the score of :mod:`onnxcompress.passes.quant.judge`, in which a decibel is worth a percent
-of time. The first layers and the last, which matter most for accuracy, so stay in float unless
-integers are clearly faster there.
+decides is the score of :mod:`onnxcompress.passes.quant.judge`, in which a decibel is worth a
+percent of time. The first layers and the last, which matter most for accuracy, so stay in float
+unless integers are clearly faster there. Only what is nearly as fast as the fastest is looked at.
 
 The search goes through one property after another, measures all its alternatives in turns and keeps
 the best, so its cost is the number of alternatives, not of combinations.

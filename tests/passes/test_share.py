@@ -324,3 +324,37 @@ def test_few_integers_are_reproduced() -> None:
     np.testing.assert_array_equal(
         next(iter(run_model(model, feeds).values())), next(iter(expected.values()))
     )
+
+
+def stored_as_eight_bits(how: str) -> ir.Model:
+    """A product with an int8 weight that something else than DequantizeLinear reads."""
+    b = ModelBuilder(how)
+    x = b.input("x", [4, 96])
+    integers = b.constant(b.rng.integers(-127, 128, (96, 24)).astype(np.int8), "w")
+    scale = b.constant(b.rng.uniform(0.01, 0.1, (1, 24)).astype(np.float32), "s")
+    if how == "cast":
+        cast = b.op("Cast", integers, to=int(ir.DataType.FLOAT))
+        b.output(b.op("MatMul", x, b.op("Mul", cast, scale)))
+    else:
+        node = b.op("Cast", x, to=int(ir.DataType.INT8))
+        sums = b.op("MatMulInteger", node, integers)
+        b.output(b.op("Mul", b.op("Cast", sums, to=int(ir.DataType.FLOAT)), scale))
+    model = b.build()
+    model_io.normalize(model)
+    return model
+
+
+@pytest.mark.parametrize("how", ["cast", "integer"])
+def test_integers_of_other_nodes(how: str) -> None:
+    model = stored_as_eight_bits(how)
+    values = np.random.default_rng(0).normal(size=(4, 96)) * 20
+    feeds = {"x": values.astype(np.float32)}
+    expected = run_model(model, feeds)
+    report = share(model, options(bits=6))
+    assert report.figures["codebooks"] == 1
+    levels = model.graph.initializers["w/share_levels"].const_value
+    assert levels is not None
+    assert levels.numpy().dtype == np.int8
+    assert largest_error(run_model(model, feeds), expected) < 0.05
+    executed = optimized_graph(model, SETTINGS, HERE)
+    assert "Gather" not in {node.op_type for node in executed.graph}

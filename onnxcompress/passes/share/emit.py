@@ -24,8 +24,8 @@ from onnxcompress.passes.share.select import Weight
 
 Array = npt.NDArray[np.generic]
 
-_NODE_BYTES = 30
-"""What a node takes in a file besides its names; a constant takes about as much."""
+_NODE_BYTES = 40
+"""What a node and its constant take in a file, with short names."""
 _DIVISION_OPSET = 10
 """The first opset with Mod and with Slice whose bounds are inputs."""
 
@@ -96,8 +96,8 @@ def stored_size(weight: Weight, options: ShareOptions, bits: int) -> int:
     length = vector_length(weight, options)
     data = stored_bytes(elements // length, bits, whole_bytes=whole_bytes)
     books = -(-rows // options.group) if options.group and length == 1 else 1
-    data += books * length * 4 << bits
+    data += books * length * (1 if weight.scale is not None else 4) << bits
     scaled = options.scales and weight.scale is None and rows > 1
     data += 4 * rows * (scaled + (books > 1))
     nodes = 2 * len(planes(bits, whole_bytes=whole_bytes)) + scaled + (books > 1)
-    return data + nodes * (2 * _NODE_BYTES + 5 * len(weight.name))
+    return data + nodes * _NODE_BYTES

@@ -12,7 +12,8 @@ from onnxcompress.calibration.statistics import MomentsRequest
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes._inputs import moment_requests
 from onnxcompress.passes._layout import Layout
-from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout, rows_of
+from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout
+from onnxcompress.passes.share.integers import read_integers
 from onnxcompress.passes.share.options import ShareOptions
 
 Float32 = npt.NDArray[np.float32]
@@ -91,37 +92,28 @@ def _weight(value: ir.Value, graph: ir.Graph, model: ir.Model) -> Weight | str:
 
 
 def _integers(value: ir.Value, graph: ir.Graph, model: ir.Model) -> Weight | str:
-    """A quantized weight: integers that one DequantizeLinear reads."""
-    uses = list(value.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "DequantizeLinear" or uses[0].idx != 0:
-        return "these integers are no weights of one DequantizeLinear"
-    node = uses[0].node
-    if node.attributes.get_int("block_size", 0):
-        return "it is quantized in blocks, which leaves a codebook little to save"
-    real = node.outputs[0]
-    rows = rows_of(real)
-    if isinstance(rows, str):
-        return rows
+    """A quantized weight."""
     array = constant_of(value)
-    scale = constant_of(node.inputs[1])
-    third = node.inputs[2] if len(node.inputs) > 2 else None
-    zero = np.zeros(1, np.int64) if third is None else constant_of(third)
-    if array is None or scale is None or zero is None or scale.dtype != np.float32:
-        return "its scale or zero point is not stored as float32"
-    if np.unique(zero).size != 1:
+    found = read_integers(value)
+    if isinstance(found, str) or array is None:
+        return found if isinstance(found, str) else "it has no data"
+    if np.unique(found.zero).size != 1:
         return "its zero point is not the same for all channels"
-    axis = node.attributes.get_int("axis", 1) % array.ndim
-    layout = Layout(array.shape, rows)
-    if scale.size not in (1, layout.row_count) or (scale.size > 1 and rows != (axis,)):
-        return f"its scale runs along axis {axis}, which is not that of the output channels"
-    per_row = np.broadcast_to(scale.reshape(-1), (layout.row_count,)).astype(np.float32)
-    requests = _requests(real, layout, graph, model)
-    return Weight(value, graph, layout, requests, per_row, int(zero.reshape(-1)[0]))
+    layout = Layout(array.shape, found.rows)
+    if found.scale.size == 1:
+        per_row = np.full(layout.row_count, found.scale.reshape(()), np.float32)
+    else:
+        rest = [a for a in range(array.ndim) if a not in found.rows]
+        if found.scale.size != layout.row_count or any(found.scale.shape[a] != 1 for a in rest):
+            return "its scale does not run along the axis of the output channels alone"
+        per_row = found.scale.reshape(-1).astype(np.float32)
+    requests = _requests(found.real, layout, graph, model)
+    return Weight(value, graph, layout, requests, per_row, int(found.zero.reshape(-1)[0]))
 
 
 def _requests(
-    value: ir.Value, layout: Layout, graph: ir.Graph, model: ir.Model
+    value: ir.Value | None, layout: Layout, graph: ir.Graph, model: ir.Model
 ) -> tuple[MomentsRequest, ...]:
-    if graph is not model.graph:
+    if value is None or graph is not model.graph:
         return ()
     return moment_requests(value, layout.columns, len(layout.rows), model)

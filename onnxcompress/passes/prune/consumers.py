@@ -114,19 +114,30 @@ class Consumer:
             return np.zeros(self.outputs)
         return np.broadcast_to(_numpy(model, self.bias).reshape(-1), (self.outputs,)).copy()
 
+    def stored(
+        self, model: ir.Model, matrix: Array, bias: Array
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """``W`` [G, O/G, D] and, if there is a bias, ``b`` [O] by initializer, as stored."""
+        flat = matrix.reshape(self.outputs, -1) / self.gain
+        weight = flat.T if self.transposed else flat.reshape(self.shape)
+        return {self.weight: _typed(model, self.weight, weight)} | self._stored_bias(model, bias)
+
+    def _stored_bias(self, model: ir.Model, bias: Array) -> dict[str, npt.NDArray[np.generic]]:
+        if self.bias is None:
+            return {}
+        old = constant_tensor(model.graph.initializers[self.bias])
+        shape = (1,) * (len(old.shape) - 1 if old is not None else 0) + (self.outputs,)
+        return {self.bias: _typed(model, self.bias, bias.reshape(shape))}
+
     def write(self, model: ir.Model, matrix: Array, bias: Array) -> None:
         """Store ``W`` [G, O/G, D] and, if there is a bias, ``b`` [O], in the layer's own types."""
-        flat = matrix.reshape(self.outputs, -1) / self.gain
-        stored = flat.T if self.transposed else flat.reshape(self.shape)
-        _store(model, self.weight, stored)
-        self.write_bias(model, bias)
+        for name, array in self.stored(model, matrix, bias).items():
+            set_initializer(model.graph, name, array)
 
     def write_bias(self, model: ir.Model, bias: Array) -> None:
         """Store ``b``, [O], if there is a bias."""
-        if self.bias is not None:
-            old = constant_tensor(model.graph.initializers[self.bias])
-            shape = (1,) * (len(old.shape) - 1 if old is not None else 0) + (self.outputs,)
-            _store(model, self.bias, bias.reshape(shape))
+        for name, array in self._stored_bias(model, bias).items():
+            set_initializer(model.graph, name, array)
 
     def columns(self, channels: Indices) -> Indices:
         """The columns of ``x`` that belong to input channels (counted within a group).
@@ -362,7 +373,8 @@ def _numpy(model: ir.Model, name: str) -> Array:
     return np.asarray(tensor.numpy()).astype(np.float64)
 
 
-def _store(model: ir.Model, name: str, array: Array) -> None:
+def _typed(model: ir.Model, name: str, array: Array) -> npt.NDArray[np.generic]:
+    """``array`` in the type of an initializer."""
     tensor = constant_tensor(model.graph.initializers[name])
     dtype = np.dtype(np.float32) if tensor is None else tensor.numpy().dtype
-    set_initializer(model.graph, name, np.ascontiguousarray(array).astype(dtype))
+    return np.ascontiguousarray(array).astype(dtype)

@@ -19,6 +19,7 @@ from onnxcompress.numerics.least_squares import Moments, regress, residual_energ
 from onnxcompress.passes.prune.clipping import Bounds, clipped_target
 from onnxcompress.passes.prune.jobs import RIDGES, Job, Refit
 from onnxcompress.passes.prune.rows import Floating, RowSource, Sums, add, gathered
+from onnxcompress.passes.prune.score import row_limit
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -27,10 +28,29 @@ FOLDS = 4
 """Parts the samples are divided into."""
 _WIDE = 2048
 """Layers wider than this are judged by one half of the samples for the other, to save memory."""
-_TURNS = 2
-"""Refits of a layer towards what its activation lets through."""
 _FALLBACK_RIDGE = 1e-1
 """Where there are too few samples to hold any out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How exactly to fit.
+
+    Attributes:
+        folds: Parts the samples are divided into, at most.
+        turns: Refits of a layer towards what its activation lets through.
+        row_limit: From the width of a layer to the rows that are drawn.
+    """
+
+    folds: int
+    turns: int
+    row_limit: Callable[[int], int]
+
+
+THOROUGH = Effort(FOLDS, 2, row_limit)
+"""What the result is made with."""
+QUICK = Effort(2, 0, row_limit)
+"""What is enough to compare plans by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +122,8 @@ class Fitting:
             )
         return parts
 
-    def run(self, turns: int = _TURNS) -> Fit:
-        """Fit, and fit again towards what the activation lets through."""
+    def run(self, turns: int) -> Fit:
+        """Fit, and fit again ``turns`` times towards what the activation lets through."""
         sums = gathered(
             self._source, self._job.consumer.groups, self._folds, own=True, targets=None
         )

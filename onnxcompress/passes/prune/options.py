@@ -16,7 +16,7 @@ DEFAULT_KEPT = 0.8
 
 
 ROUND_SHARE = 0.2
-"""Part of the model that goes in one round: more, and losses no longer add up."""
+"""Part of a group that goes in one round where ``keep`` alone says what goes."""
 
 
 class Importance(enum.Enum):
@@ -116,9 +116,16 @@ class PruneOptions(PassOptions):
     rounds: int = option(
         0,
         "Steps in which the budget is spent; after each, layers are refitted and units ranked "
-        "anew. 0 takes one for each fifth of the model that goes.",
+        "anew. 0 takes one, and without a budget one for each fifth that prune.keep lets go.",
         minimum=0,
         maximum=100,
+    )
+    plans: int = option(
+        3,
+        "Ways of spending the budget that are refitted quickly and compared on held-out samples; "
+        "1 takes the one of the least summed loss.",
+        minimum=1,
+        maximum=20,
     )
     align: int = option(
         0,
@@ -182,11 +189,16 @@ class PruneOptions(PassOptions):
 
     @property
     def steps(self) -> int:
-        """The number of rounds, one for each :data:`ROUND_SHARE` of the model unless given."""
-        budget = self.budget
-        kept = [limit.kept for limit in self.parsed_keep]
-        least = min(kept if budget is None else [budget.kept])
-        return self.rounds or max(1, math.ceil((1 - least) / ROUND_SHARE - 1e-9))
+        """The number of rounds: as given; else one, or as many as ``keep`` needs."""
+        if self.rounds or self.budget is not None:
+            return self.rounds or 1
+        least = min(limit.kept for limit in self.parsed_keep)
+        return max(1, math.ceil((1 - least) / ROUND_SHARE - 1e-9))
+
+    @property
+    def compares_plans(self) -> bool:
+        """Whether there is a budget that can be spent in several ways, and they can be compared."""
+        return self.recover and self.budget is not None and self.latency is None
 
     @property
     def parsed_limits(self) -> tuple[Limit, ...]:

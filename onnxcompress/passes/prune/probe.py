@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,37 @@ _PROBE_SAMPLES = 64
 """Samples for the measured output error; its scale matters, not its digits."""
 
 
+class Errors:
+    """How far outputs are from expected ones.
+
+    Args:
+        expected: Floating-point outputs by name, run by run.
+    """
+
+    def __init__(self, expected: Sequence[Mapping[str, Array]]) -> None:
+        self._expected = expected
+        self._energy: dict[str, float] = {}
+        for batch in expected:
+            for name, wanted in batch.items():
+                self._energy[name] = self._energy.get(name, 0.0) + float(np.sum(wanted**2))
+
+    def of(self, runs: Iterable[Mapping[str, npt.NDArray[np.generic]]]) -> float:
+        """``Σ‖y - y₀‖² / Σ‖y₀‖²``, averaged over the outputs; 1 if not finite.
+
+        Args:
+            runs: The outputs by name, run by run; one that is left out is as expected.
+        """
+        error = dict.fromkeys(self._energy, 0.0)
+        for expected, got in zip(self._expected, runs, strict=True):
+            for name, wanted in expected.items():
+                if name in got:
+                    difference = got[name].astype(np.float64) - wanted
+                    error[name] += float(np.sum(difference**2))
+        ratios = [error[n] / energy for n, energy in self._energy.items() if energy > 0]
+        mean = float(np.mean(ratios)) if ratios else 0.0
+        return mean if np.isfinite(mean) else 1.0
+
+
 class OutputProbe:
     """Measures how far a changed model's outputs are from the original's, on a few samples.
 
@@ -26,35 +57,34 @@ class OutputProbe:
         model: The original.
         data: Samples, best such as the changes were not fitted to.
         ctx: The job.
+        samples: How many of the samples to use, at most.
+
+    Attributes:
+        data: The samples that are run.
+        batch_size: How many at a time.
+        errors: Compares outputs with the original's.
     """
 
-    def __init__(self, model: ir.Model, data: Dataset, ctx: PassContext) -> None:
+    def __init__(
+        self, model: ir.Model, data: Dataset, ctx: PassContext, samples: int = _PROBE_SAMPLES
+    ) -> None:
         self._ctx = ctx
         group = data.layout.group or 1
-        probed = data.spread(max(_PROBE_SAMPLES // group, 1) * group)
-        size = ctx.batch_size
+        self.data = data.spread(max(samples // group, 1) * group)
+        self.batch_size = ctx.batch_size
         while True:
-            self._batches = list(probed.batches(size))
+            self._batches = list(self.data.batches(self.batch_size))
             try:
-                self._expected = list(self._run(model))
+                self.errors = Errors(list(self._run(model)))
                 break
             except (MemoryError, ModelError):
-                if size == 1 or data.layout.group is not None:
+                if self.batch_size == 1 or data.layout.group is not None:
                     raise
-                size = max(size // 2, 1)
+                self.batch_size = max(self.batch_size // 2, 1)
 
     def error_of(self, variant: ir.Model) -> float:
         """``Σ‖y - y₀‖² / Σ‖y₀‖²``, averaged over the floating-point outputs; 1 if not finite."""
-        error: dict[str, float] = {}
-        energy: dict[str, float] = {}
-        for expected, got in zip(self._expected, self._run(variant), strict=True):
-            for name, wanted in expected.items():
-                difference = float(np.sum((got[name] - wanted) ** 2))
-                error[name] = error.get(name, 0.0) + difference
-                energy[name] = energy.get(name, 0.0) + float(np.sum(wanted**2))
-        ratios = [error[n] / energy[n] for n in error if energy[n] > 0]
-        mean = float(np.mean(ratios)) if ratios else 0.0
-        return mean if np.isfinite(mean) else 1.0
+        return self.errors.of(self._run(variant))
 
     def _run(self, model: ir.Model) -> Iterator[dict[str, Array]]:
         session = open_session(model, self._ctx.session, work_dir=self._ctx.work_dir)

@@ -24,7 +24,8 @@ from onnxcompress.graph.surgery import remove
 from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
-from onnxcompress.passes.prune.jobs import Refit, refitted
+from onnxcompress.passes.prune.contest import distinct, varied, winner
+from onnxcompress.passes.prune.jobs import Refit
 from onnxcompress.passes.prune.options import Importance, Measure, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, recover
 from onnxcompress.passes.prune.score import (
@@ -100,7 +101,20 @@ class PrunePass:
         steps = options.steps if ctx.calibration is not None else 1
         for number in range(1, steps + 1):
             rankings = work.rank(removed)
-            removed = work.choose(rankings, removed, number / steps)
+            count = options.plans if number == steps and options.compares_plans else 1
+            plans = distinct(
+                [work.choose(varied(rankings, i), removed, number / steps) for i in range(count)]
+            )
+            place, errors = winner(
+                model, reference, coupling, plans, work.layers, options, work.ctx
+            )
+            removed = dict(plans[place])
+            if errors:
+                notes.append(
+                    f"Of {len(plans)} plans, refitted quickly, number {place + 1} leaves the least "
+                    f"error of the outputs ({errors[place]:.3g}; the plan of the least summed "
+                    f"loss {errors[0]:.3g})."
+                )
             if options.recover and removed:
                 recovery = recover(
                     model, reference, coupling, removed, work.layers, options, work.ctx
@@ -185,11 +199,16 @@ def _drop_zero_biases(model: ir.Model, added: Sequence[str]) -> None:
 
 
 def _refit_changes(recovery: Recovery) -> list[Change]:
-    changes = list(recovery.others)
+    what = "mean and variance estimated anew"
+    changes = [Change(node, "BatchNormalization", what) for node in recovery.matched]
     for refit in recovery.refits:
-        if refit.used:
-            ridge = min(r for r in refit.ridges if r is not None)
-            changes.append(Change(refit.consumer.node, refit.consumer.op_type, refitted(ridge)))
+        if not refit.used:
+            continue
+        ridges = sorted({r for r in refit.ridges if r is not None})
+        what = "bias corrected"
+        if np.isfinite(ridges[0]):
+            what = f"refitted to the original's output (ridge {ridges[0]:g})"
+        changes.append(Change(refit.consumer.node, refit.consumer.op_type, what))
     return changes
 
 

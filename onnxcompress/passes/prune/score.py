@@ -10,8 +10,7 @@ magnitudes.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import ConvUnfold, MomentsRequest, Statistics
-from onnxcompress.context import PassContext
-from onnxcompress.errors import DataError
-from onnxcompress.graph.constants import constant_of, initializer
+from onnxcompress.graph.constants import constant_of, initializer, set_initializer
 from onnxcompress.graph.coupling import Coupling, Group, Sink, Source
 from onnxcompress.graph.surgery import mask
 from onnxcompress.numerics import importance
@@ -35,7 +32,7 @@ from onnxcompress.numerics.least_squares import (
 from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer
 from onnxcompress.passes.prune.options import Importance, PruneOptions
 from onnxcompress.passes.prune.probe import OutputProbe
-from onnxcompress.passes.prune.samples import split
+from onnxcompress.passes.prune.suffix import Suffix
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -43,9 +40,7 @@ Indices = npt.NDArray[np.int64]
 ROWS_PER_COLUMN = 50
 """Rows collected for each unfolded input; fewer than 10 overfit."""
 MIN_ROWS = 16384
-_MOMENT_BYTES = 1 << 30
-"""Covariances held at a time while scoring."""
-_PROBED = (0.25, 0.5)
+_PROBED = (0.25, 0.5, 0.75)
 """Parts of a group whose removal is measured."""
 
 
@@ -67,7 +62,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class Reader:
     """A consumer that reads a group, with the columns of each unit, one entry per channel group."""
 
     consumer: Consumer
@@ -129,7 +124,7 @@ def rank_without_data(
     ]
 
 
-def readers_of(group: Group, consumers: Mapping[str, Consumer]) -> list[_Reader]:
+def readers_of(group: Group, consumers: Mapping[str, Consumer]) -> list[Reader]:
     """The linear layers that contract the group's units, and which columns each unit owns."""
     readers = []
     for sink in group.sinks:
@@ -149,54 +144,8 @@ def readers_of(group: Group, consumers: Mapping[str, Consumer]) -> list[_Reader]
             own = (sink.positions[inside] % channels).reshape(group.size, -1)
             blocks.append((int(g), consumer.columns(own)))
         if blocks:
-            readers.append(_Reader(consumer, tuple(blocks)))
+            readers.append(Reader(consumer, tuple(blocks)))
     return readers
-
-
-def rank_with_data(
-    model: ir.Model,
-    coupling: Coupling,
-    groups: Sequence[Group],
-    consumers: Mapping[str, Consumer],
-    options: PruneOptions,
-    ctx: PassContext,
-    removed: Mapping[int, Indices],
-) -> list[Ranking]:
-    """Rankings of all groups, with curves scaled by the measured change of the model's outputs.
-
-    Args:
-        model: The model, refitted after ``removed``.
-        coupling: Its groups.
-        groups: Those to rank.
-        consumers: The linear layers.
-        options: The criterion.
-        ctx: The job; it has calibration data.
-        removed: Units already removed; they come first in every order.
-    """
-    readers = {g.index: readers_of(g, consumers) for g in groups}
-    if ctx.calibration is None:
-        raise DataError("ranking by activations needs calibration data and the job has none")
-    fitting, held_out = split(ctx.calibration)
-    ctx = dataclasses.replace(ctx, calibration=fitting)
-    masked = mask(model, coupling, removed)
-    probe = OutputProbe(masked, fitting if held_out is None else held_out, ctx)
-    state = _State(model, coupling, coupling.kept(removed), removed, probe)
-    rankings: list[Ranking] = []
-    batches = list(_batches(groups, readers))
-    for number, batch in enumerate(batches, start=1):
-        requests = {
-            r.consumer.node: moments_request(r.consumer) for g in batch for r in readers[g.index]
-        }
-        part = f" ({number} of {len(batches)})" if len(batches) > 1 else ""
-        statistics = ctx.collect(
-            masked, requests.values(), description=f"prune: input moments{part}"
-        )
-        with ctx.progress.task("prune: ranking channels", len(batch)) as task:
-            for group in batch:
-                found = _Scored(state, group, readers[group.index], statistics)
-                rankings.append(found.rank(options, ctx.seed))
-                task.advance()
-    return rankings
 
 
 def staying(
@@ -215,23 +164,6 @@ def moments_request(consumer: Consumer) -> MomentsRequest:
     return MomentsRequest(consumer.data, consumer.unfold, row_limit(consumer.width))
 
 
-def _batches(
-    groups: Sequence[Group], readers: Mapping[int, Sequence[_Reader]]
-) -> Iterator[list[Group]]:
-    """Groups whose covariances fit into memory together."""
-    batch: list[Group] = []
-    used = 0
-    for group in groups:
-        size = sum(8 * r.consumer.groups * r.consumer.width**2 for r in readers[group.index])
-        if batch and used + size > _MOMENT_BYTES:
-            yield batch
-            batch, used = [], 0
-        batch.append(group)
-        used += size
-    if batch:
-        yield batch
-
-
 def between(scales: Mapping[int, float], count: int) -> Array:
     """Factors for 0 to ``count - 1`` removals from those measured, linear in the logarithm.
 
@@ -245,7 +177,7 @@ def between(scales: Mapping[int, float], count: int) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
     """The model as it is now.
 
     Attributes:
@@ -264,12 +196,12 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scored:
+class Scored:
     """One group together with the moments of its readers."""
 
-    state: _State
+    state: State
     group: Group
-    readers: Sequence[_Reader]
+    readers: Sequence[Reader]
     statistics: Statistics
 
     @property
@@ -277,7 +209,7 @@ class _Scored:
         """The model with all units."""
         return self.state.model
 
-    def rank(self, options: PruneOptions, seed: int) -> Ranking:
+    def rank(self, options: PruneOptions, seed: int, suffix: Suffix | None) -> Ranking:
         """The order of removal, scaled by errors measured when parts of what is left go."""
         order, losses, basis = self._curve(options, seed)
         gone = self.state.removed.get(self.group.index, np.zeros(0, np.int64))
@@ -289,19 +221,22 @@ class _Scored:
         for share in _PROBED:
             count = len(gone) + max(1, min(int(left * share), len(order) - len(gone)))
             if count < len(losses) and losses[count] > 0 and count not in scales:
-                scales[count] = self._measured(order[:count], options) / losses[count]
+                scales[count] = self._measured(order[:count], options, suffix) / losses[count]
         return Ranking(self.group, order, losses * between(scales, len(losses)), basis)
 
-    def _measured(self, removed: Indices, options: PruneOptions) -> float:
+    def _measured(self, removed: Indices, options: PruneOptions, suffix: Suffix | None) -> float:
         """The error of the model's outputs when ``removed`` are gone from this group."""
+        if suffix is not None:
+            return suffix.error_of(self._weights(removed, refit=options.recover))
         variant = mask(
             self.model, self.state.coupling, {**self.state.removed, self.group.index: removed}
         )
         if options.recover:
-            self._refit(variant, removed)
+            for name, array in self._weights(removed, refit=True).items():
+                set_initializer(variant.graph, name, array)
         return self.state.probe.error_of(variant)
 
-    def _alive(self, reader: _Reader) -> npt.NDArray[np.bool_]:
+    def _alive(self, reader: Reader) -> npt.NDArray[np.bool_]:
         """Which columns of the reader's groups are still read, [G, D]."""
         consumer = reader.consumer
         axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
@@ -352,7 +287,7 @@ class _Scored:
             scores += importance.normalized(part)
         return scores
 
-    def _moment(self, reader: _Reader) -> tuple[Array, Array]:
+    def _moment(self, reader: Reader) -> tuple[Array, Array]:
         """``H`` [G, D, D], centred where a bias can take up the mean, and the means [G, D]."""
         found = self.statistics[moments_request(reader.consumer)]
         covariance = np.stack([shrunk(c, found.count) for c in found.covariance])
@@ -363,30 +298,35 @@ class _Scored:
             return covariance, mean
         return covariance + mean[:, :, None] * mean[:, None, :], np.zeros_like(mean)
 
-    def _weight(self, reader: _Reader) -> Array:
+    def _weight(self, reader: Reader) -> Array:
         """``W`` [G, O/G, D], zero where nothing is read any longer."""
         return reader.consumer.matrix(self.model) * self._alive(reader)[:, None, :]
 
-    def _blocks(self, reader: _Reader) -> list[Block]:
+    def _blocks(self, reader: Reader) -> list[Block]:
         moment, _ = self._moment(reader)
         weight = self._weight(reader)
         energy = float(np.einsum("god,gde,goe->", weight, moment, weight))
         scale = 1.0 / energy if energy > 0 else 0.0
         return [Block(weight[g], moment[g], columns, scale) for g, columns in reader.columns]
 
-    def _refit(self, variant: ir.Model, removed: Indices) -> None:
-        """Give the readers the weights that make up best for the removed units."""
+    def _weights(self, removed: Indices, *, refit: bool) -> dict[str, npt.NDArray[np.generic]]:
+        """The readers' initializers without the removed units, refitted to make up for them."""
+        stored: dict[str, npt.NDArray[np.generic]] = {}
         for reader in self.readers:
             consumer = reader.consumer
             if consumer.obstacle:
                 continue
-            moment, mean = self._moment(reader)
             weight = self._weight(reader)
             fitted = weight.copy()
+            shift = np.zeros(consumer.outputs)
             for g, columns in reader.columns:
-                gone = columns[removed].ravel()
-                kept = np.setdiff1d(np.arange(consumer.width), gone)
-                fitted[g][:, gone] = 0.0
-                fitted[g][:, kept] = best_fit(moment[g], weight[g], kept)
-            shift = np.einsum("god,gd->go", weight - fitted, mean).reshape(-1)
-            consumer.write(variant, fitted, consumer.bias_vector(self.model) + shift)
+                fitted[g][:, columns[removed].ravel()] = 0.0
+            if refit:
+                moment, mean = self._moment(reader)
+                for g, columns in reader.columns:
+                    gone = columns[removed].ravel()
+                    kept = np.setdiff1d(np.arange(consumer.width), gone)
+                    fitted[g][:, kept] = best_fit(moment[g], weight[g], kept)
+                shift = np.einsum("god,gd->go", weight - fitted, mean).reshape(-1)
+            stored |= consumer.stored(self.model, fitted, consumer.bias_vector(self.model) + shift)
+        return stored

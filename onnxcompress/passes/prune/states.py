@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from onnxcompress.graph.coupling import Coupling
+from onnxcompress.graph.coupling import Coupling, Group
 
 
 def state_notes(
@@ -35,4 +35,14 @@ def state_notes(
     return (
         f"Removed cells are zero in the state {names}, which keeps its shape; "
         "prune.states=false leaves states alone.",
+    )
+
+
+def through_ports(coupling: Coupling, group: Group) -> bool:
+    """Whether units of a group are cells of a state of the interface."""
+    kept = coupling.kept({group.index: np.arange(group.size)})
+    return any(
+        units is not None and not kept[units[units >= 0]].all()
+        for port in coupling.ports
+        for units in coupling.axes[port.value]
     )

@@ -101,18 +101,38 @@ class Stream:
         computed = [name for name in stage.outputs if name not in inputs]
         if not computed:
             return None
-        graph = ir.convenience.extract(self._model.graph, stage.inputs, computed)
-        if self._done:
-            for value in graph.inputs:
-                sample = self._sample(value.name or "")
-                value.dtype = ir.DataType.from_numpy(sample.dtype)
-                value.shape = _believed(value.shape, sample.shape)
-        part = ir.Model(
-            graph,
+        part = (
+            self._extracted(stage.inputs, computed)
+            if self._done == 0
+            else self.part(stage.inputs, computed)
+        )
+        return open_session(part, self._ctx.session, work_dir=self._ctx.work_dir)
+
+    def part(
+        self, inputs: Sequence[str], outputs: Sequence[str], weights: Sequence[str] = ()
+    ) -> ir.Model:
+        """The nodes between two sets of values.
+
+        Args:
+            inputs: Values that are kept now.
+            outputs: Values that follow from them.
+            weights: Initializers that become inputs too, whose values may be given for a run.
+        """
+        found = self._extracted([*inputs, *weights], outputs)
+        for value in found.graph.inputs:
+            if value.name in weights:
+                continue
+            sample = self._sample(value.name or "")
+            value.dtype = ir.DataType.from_numpy(sample.dtype)
+            value.shape = _believed(value.shape, sample.shape)
+        return found
+
+    def _extracted(self, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+        return ir.Model(
+            ir.convenience.extract(self._model.graph, inputs, outputs),
             ir_version=self._model.ir_version,
             functions=tuple(self._model.functions.values()),
         )
-        return open_session(part, self._ctx.session, work_dir=self._ctx.work_dir)
 
     def _sample(self, name: str) -> Array:
         return self._store.get(self._batches[0].kept[name])

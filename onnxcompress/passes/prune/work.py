@@ -19,13 +19,9 @@ from onnxcompress.passes.prune.budget import Ledger, remaining
 from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.latency import Clock, plan_in_time
 from onnxcompress.passes.prune.options import Budget, Importance, Measure, PruneOptions
+from onnxcompress.passes.prune.ranking import rank_with_data
 from onnxcompress.passes.prune.recover import Recovery
-from onnxcompress.passes.prune.score import (
-    Ranking,
-    rank_by_weights,
-    rank_with_data,
-    rank_without_data,
-)
+from onnxcompress.passes.prune.score import Ranking, rank_by_weights, rank_without_data
 
 Indices = npt.NDArray[np.int64]
 

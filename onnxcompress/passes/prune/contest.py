@@ -1,0 +1,111 @@
+"""Several plans for one budget, of which the one wins that turns out best once it is refitted.
+
+The loss of a group is measured with the layers that read it refitted, and no others. A group that
+one layer reads is repaired by that layer alone then, and by all that follow in the end. A group
+that many layers read (a residual stream) is repaired by all of them at once already: next to the
+others it looks cheaper than it is. By how much depends on the network. So plans are also made with
+the losses of such groups doubled, and doubled again; each is refitted quickly on one part of the
+samples, and its outputs are compared with the original's on the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress import model_io
+from onnxcompress.context import PassContext
+from onnxcompress.graph.coupling import Coupling
+from onnxcompress.graph.surgery import mask
+from onnxcompress.passes.prune.consumers import Layers
+from onnxcompress.passes.prune.fit import QUICK
+from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.passes.prune.probe import OutputProbe
+from onnxcompress.passes.prune.ranking import workers_of
+from onnxcompress.passes.prune.recover import recover
+from onnxcompress.passes.prune.samples import split
+from onnxcompress.passes.prune.score import Ranking
+from onnxcompress.progress import SilentProgress
+
+Plan = Mapping[int, npt.NDArray[np.int64]]
+
+_SAMPLES = 256
+"""Samples that plans are compared on, at most."""
+
+
+def varied(rankings: Sequence[Ranking], number: int) -> list[Ranking]:
+    """The rankings with the losses of groups that several layers read times ``2 ** number``.
+
+    Args:
+        rankings: The rankings.
+        number: Which of the variations; 0 is none.
+    """
+    return [
+        dataclasses.replace(r, losses=r.losses * 2.0**number) if len(r.group.sinks) > 1 else r
+        for r in rankings
+    ]
+
+
+def distinct(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans that remove different numbers of units, in their order."""
+    found: dict[tuple[tuple[int, int], ...], Plan] = {}
+    for plan in plans:
+        found.setdefault(tuple(sorted((g, len(u)) for g, u in plan.items())), plan)
+    return list(found.values())
+
+
+def winner(
+    model: ir.Model,
+    reference: ir.Model,
+    coupling: Coupling,
+    plans: Sequence[Plan],
+    layers: Layers,
+    options: PruneOptions,
+    ctx: PassContext,
+) -> tuple[int, list[float]]:
+    """The plan whose outputs are nearest to the original's on samples that it was not fitted to.
+
+    Args:
+        model: The model; it is not changed.
+        reference: The original.
+        coupling: Its groups.
+        plans: Units to be removed, by group; at least one.
+        layers: The linear layers.
+        options: How to refit.
+        ctx: The job.
+
+    Returns:
+        Its place, and the error of each plan as in :class:`OutputProbe`; no errors where there are
+        too few plans or samples to compare.
+    """
+    if len(plans) < 2 or ctx.calibration is None:
+        return 0, []
+    fitting, held_out = split(ctx.calibration)
+    if held_out is None:
+        return 0, []
+    workers = min(workers_of(ctx), len(plans))
+    session = dataclasses.replace(ctx.session, threads=1) if workers > 1 else ctx.session
+    apart = dataclasses.replace(
+        ctx, calibration=fitting, session=session, progress=SilentProgress()
+    )
+    probe = OutputProbe(reference, held_out, apart, samples=_SAMPLES)
+
+    def error(number: int, candidate: ir.Model) -> float:
+        recover(candidate, reference, coupling, plans[number], layers, options, apart, QUICK)
+        return probe.error_of(mask(candidate, coupling, plans[number]))
+
+    with (
+        ctx.progress.task("prune: comparing plans", len(plans)) as task,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        running = [pool.submit(error, i, model_io.clone(model)) for i in range(len(plans))]
+        errors = []
+        for future in running:
+            errors.append(future.result())
+            task.advance()
+    return int(np.argmin(errors)), errors

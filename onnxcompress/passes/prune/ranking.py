@@ -1,0 +1,148 @@
+"""All groups ranked with calibration data: moments collected, groups scored side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcompress.context import PassContext
+from onnxcompress.errors import DataError
+from onnxcompress.graph.coupling import Coupling, Group
+from onnxcompress.graph.surgery import mask
+from onnxcompress.passes.prune.consumers import Consumer
+from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.passes.prune.probe import OutputProbe
+from onnxcompress.passes.prune.samples import split
+from onnxcompress.passes.prune.score import (
+    Ranking,
+    Reader,
+    Scored,
+    State,
+    moments_request,
+    readers_of,
+)
+from onnxcompress.passes.prune.states import through_ports
+from onnxcompress.passes.prune.suffix import SuffixProbe
+
+Indices = npt.NDArray[np.int64]
+
+_MOMENT_BYTES = 1 << 30
+"""Covariances held at a time while scoring."""
+_MAX_WORKERS = 8
+"""Groups ranked at a time at most."""
+
+
+def rank_with_data(
+    model: ir.Model,
+    coupling: Coupling,
+    groups: Sequence[Group],
+    consumers: Mapping[str, Consumer],
+    options: PruneOptions,
+    ctx: PassContext,
+    removed: Mapping[int, Indices],
+) -> list[Ranking]:
+    """Rankings of all groups, with curves scaled by the measured change of the model's outputs.
+
+    Args:
+        model: The model, refitted after ``removed``.
+        coupling: Its groups.
+        groups: Those to rank.
+        consumers: The linear layers.
+        options: The criterion.
+        ctx: The job; it has calibration data.
+        removed: Units already removed; they come first in every order.
+    """
+    readers = {g.index: readers_of(g, consumers) for g in groups}
+    if ctx.calibration is None:
+        raise DataError("ranking by activations needs calibration data and the job has none")
+    fitting, held_out = split(ctx.calibration)
+    workers = workers_of(ctx)
+    session = dataclasses.replace(ctx.session, threads=1) if workers > 1 else ctx.session
+    measuring = dataclasses.replace(ctx, session=session)
+    ctx = dataclasses.replace(ctx, calibration=fitting)
+    masked = mask(model, coupling, removed)
+    whole = OutputProbe(masked, fitting if held_out is None else held_out, ctx)
+    state = State(model, coupling, coupling.kept(removed), removed, whole)
+    places = {n.name: i for i, n in enumerate(masked.graph)}
+    ordered = sorted(groups, key=lambda g: min((places.get(s.node, 0) for s in g.sinks), default=0))
+    layers = {g.index: _layers(coupling, g, readers[g.index]) for g in ordered}
+    rankings: dict[int, Ranking] = {}
+    batches = list(_batches(ordered, readers))
+    with (
+        SuffixProbe(masked, whole, measuring, layers) as probe,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for number, batch in enumerate(batches, start=1):
+            requests = {
+                r.consumer.node: moments_request(r.consumer)
+                for g in batch
+                for r in readers[g.index]
+            }
+            part = f" ({number} of {len(batches)})" if len(batches) > 1 else ""
+            statistics = ctx.collect(
+                masked, requests.values(), description=f"prune: input moments{part}"
+            )
+            with ctx.progress.task("prune: ranking channels", len(batch)) as task:
+                running: list[Future[Ranking]] = []
+                for group in batch:
+                    found = Scored(state, group, readers[group.index], statistics)
+                    suffix = probe.at(group.index)
+                    if suffix is None:  # it changes graphs, which threads must not
+                        rankings[group.index] = found.rank(options, ctx.seed, None)
+                        task.advance()
+                        continue
+                    running.append(pool.submit(found.rank, options, ctx.seed, suffix))
+                    if len(running) > workers:
+                        _finish(running.pop(0), rankings)
+                        task.advance()
+                for future in running:
+                    _finish(future, rankings)
+                    task.advance()
+    return [rankings[g.index] for g in groups]
+
+
+def _finish(future: Future[Ranking], rankings: dict[int, Ranking]) -> None:
+    ranking = future.result()
+    rankings[ranking.group.index] = ranking
+
+
+def workers_of(ctx: PassContext) -> int:
+    """How many groups to rank at a time."""
+    cores = ctx.session.threads or len(os.sched_getaffinity(0))
+    return min(cores, _MAX_WORKERS) if ctx.session.providers == ("CPUExecutionProvider",) else 1
+
+
+def _layers(
+    coupling: Coupling, group: Group, readers: Sequence[Reader]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Nodes and initializers that can express all that a group loses; nothing if none do."""
+    consumers = [r.consumer for r in readers]
+    nodes = {c.node for c in consumers}
+    whole = nodes == {s.node for s in group.sinks} and len(nodes) == len(group.sinks)
+    if not whole or any(c.obstacle for c in consumers) or through_ports(coupling, group):
+        return (), ()
+    weights = [n for c in consumers for n in (c.weight, c.bias) if n is not None]
+    return tuple(sorted(nodes)), tuple(weights)
+
+
+def _batches(
+    groups: Sequence[Group], readers: Mapping[int, Sequence[Reader]]
+) -> Iterator[list[Group]]:
+    """Groups whose covariances fit into memory together."""
+    batch: list[Group] = []
+    used = 0
+    for group in groups:
+        size = sum(8 * r.consumer.groups * r.consumer.width**2 for r in readers[group.index])
+        if batch and used + size > _MOMENT_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(group)
+        used += size
+    if batch:
+        yield batch

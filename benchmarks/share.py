@@ -1,4 +1,4 @@
-"""Codebooks of 16 and 64 values, beside plain k-means, judged independently.
+"""Codebooks of 16 and 64 values, beside plain k-means and behind other passes.
 
     python benchmarks/share.py --zoo PATH [--models a,b] [--variants plain-16,16,64]
         [--data FOLDER] [--keep FOLDER] [--json FILE]
@@ -47,9 +47,18 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = MappingProxyType(
         "16-once": ("share", {"bits": 4, "steps": 1}),
         "pairs-256": ("share", {"bits": 8, "codebook": "vector"}),
         "int8-16": ("share,quant", {"bits": 4}),
+        "int8": ("quant", {}),
+        "four": ("prune,svd,share,quant", {"bits": 4, "steps": 4}),
     }
 )
-MODELS = "cifar_resnet20,cifar_resnet56,squeezenet11,mnist_lenet,magika_v3_3"
+BEFORE: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {"prune": {"macs": 0.75, "align": 16}, "svd": {"params": 0.97}}
+)
+"""Budgets of the passes in front of codebooks in the variant "four"."""
+MODELS = (
+    "cifar_resnet20,cifar_resnet56,squeezenet11,mnist_lenet,mobilenetv1_025_224,magika_v3_3,"
+    "minilm_l6_v2"
+)
 
 
 def main() -> int:
@@ -97,15 +106,17 @@ def run(
 ) -> Row:
     """Compress and judge one model in one variant."""
     row: Row = {"model": name, "variant": variant}
-    passes, values = VARIANTS[variant]
+    named, values = VARIANTS[variant]
+    passes = named.split(",")
+    chosen = {**BEFORE, "share": values}
     result = kept / f"{name}.{variant}.onnx"
     start = time.perf_counter()
     try:
         compress(
             original,
             result,
-            passes=passes.split(","),
-            options={"share": values},
+            passes=passes,
+            options={name: chosen[name] for name in passes if name in chosen},
             measure=False,
             keep_failed=True,
         )

@@ -1,5 +1,6 @@
 """Factorization on real models: the task metric before and after, plain SVD in the same table.
 
+    python benchmarks/svd.py --zoo PATH --models-dir FOLDER                 # the whole table
     python benchmarks/svd.py cifar_resnet20 --zoo PATH --models-dir FOLDER --budget params=0.75
 
 PATH holds ``zoo.py``, which prepares models and data (once, into FOLDER) and evaluates results
@@ -26,6 +27,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcompress import model_io
+from onnxcompress._threads import linear_algebra
 from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.context import PassContext
 from onnxcompress.errors import OnnxCompressError
@@ -46,10 +48,19 @@ METHODS: dict[str, dict[str, object]] = {
     "svd": {},
 }
 
+TABLE = [
+    ("mnist_lenet", "params=0.124"),
+    ("cifar_resnet20", "params=0.75"),
+    ("squeezenet11", "params=0.75"),
+    ("minilm_l6_v2", "matmul=0.75"),
+    ("minilm_l6_v2", "matmul=0.5"),
+]
+"""Models and budgets when none are named."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("models", nargs="+", help="names in the zoo")
+    parser.add_argument("models", nargs="*", help="names in the zoo; none for the whole table")
     parser.add_argument("--zoo", required=True, type=Path, help="folder that holds zoo.py")
     parser.add_argument("--models-dir", required=True, type=Path, help="folder of prepared models")
     parser.add_argument("--budget", default="params=0.75", help="comma-separated budgets")
@@ -69,12 +80,13 @@ def main() -> None:
         f"{'model':20s} {'budget':13s} {'method':9s} {'params':>6s} {'macs':>6s} {'size':>6s} "
         f"{'metric':>8s} {'before':>8s} {'agree':>6s} {'SQNR':>6s} {'speed':>6s} {'seconds':>7s}"
     )
-    for name in arguments.models:
-        for budget in arguments.budget.split(","):
-            for method in arguments.methods.split(","):
-                row = measure(name, budget, method, arguments)
-                rows.append(row)
-                print(line(row), flush=True)
+    budgets = arguments.budget.split(",")
+    wanted = [(name, budget) for name in arguments.models for budget in budgets] or TABLE
+    for name, budget in wanted:
+        for method in arguments.methods.split(","):
+            row = measure(name, budget, method, arguments)
+            rows.append(row)
+            print(line(row), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
@@ -109,9 +121,10 @@ def measure(
         values = {**budget_values(model, budget), **METHODS[method], **further}
         start = time.perf_counter()
         try:
-            report = make_pass("svd", values).run(model, context)
-            for other in filter(None, arguments.then.split(",")):
-                make_pass(other, {}).run(model, context)
+            with linear_algebra(model, arguments.threads or None):
+                report = make_pass("svd", values).run(model, context)
+                for other in filter(None, arguments.then.split(",")):
+                    make_pass(other, {}).run(model, context)
         except OnnxCompressError as error:
             return {**row, "error": f"{error.message} {error.hint or ''}"}
         row["seconds"] = time.perf_counter() - start

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +16,9 @@ from onnxcompress.calibration.statistics import ConvUnfold
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.clipping import Bounds, bounds_of
-from onnxcompress.passes.prune.consumers import Consumer, Layers
+from onnxcompress.passes.prune.consumers import Consumer, Layers, UnsupportedError
 from onnxcompress.passes.prune.norms import Norm, norm_of
+from onnxcompress.passes.prune.recurrent import GATES, Recurrent, recurrent_of
 from onnxcompress.passes.prune.rows import RowPlan
 from onnxcompress.passes.prune.score import staying
 
@@ -23,6 +27,13 @@ Indices = npt.NDArray[np.int64]
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for the ridge, relative to the mean variance of the inputs."""
+
+
+def refitted(ridge: float) -> str:
+    """What to say about a layer with new weights, or a new bias (infinite ridge)."""
+    if not np.isfinite(ridge):
+        return "bias corrected"
+    return f"refitted to the original's output (ridge {ridge:g})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,11 @@ class Job:
     bounds: Bounds | None
 
     @property
+    def wanted(self) -> tuple[str, ...]:
+        """Values to have at hand, by the names they have in the original."""
+        return (self.data, *(name for name, _ in self.target))
+
+    @property
     def written(self) -> tuple[str, ...]:
         """Initializers that get new values."""
         consumer = self.consumer
@@ -100,6 +116,10 @@ class Job:
         )
 
 
+Task: TypeAlias = Job | Norm | Recurrent
+"""What recovery can do to a node."""
+
+
 def jobs_of(
     model: ir.Model,
     masked: ir.Model,
@@ -107,26 +127,26 @@ def jobs_of(
     kept: npt.NDArray[np.bool_],
     layers: Layers,
     everything: bool,
-) -> tuple[list[list[Job | Norm]], dict[str, str]]:
+) -> tuple[list[list[Task]], dict[str, str]]:
     """The layers to refit, in levels that do not depend on one another, and those that cannot be.
 
-    A BatchNormalization is one of them if the values of its inputs changed.
-
-
     A layer is refitted if it lost inputs, or if the shortcut that its output is added to changed;
-    with ``everything``, also if only the values of its inputs changed.
+    with ``everything``, also if only the values of its inputs changed. So is a recurrent layer that
+    lost inputs or cells, and a BatchNormalization whose inputs changed.
     """
     consumers = {n: c for n, c in layers.consumers.items() if c.obstacle is None}
     nodes = {n.name or "": n for n in masked.graph}
     found = {n.name or "": norm_of(n, nodes[n.name or ""]) for n in model.graph}
     norms = {name: norm for name, norm in found.items() if norm is not None}
-    names = [n.name or "" for n in masked.graph if n.name in consumers or n.name in norms]
+    recurrent, refused = _recurrent(model, nodes)
+    treated = {*consumers, *norms, *recurrent}
+    names = [n.name or "" for n in masked.graph if n.name in treated]
     order = {name: i for i, name in enumerate(names)}
     flow = trace(masked, {n.name or "" for n in model.graph}, order)
-    levels: list[list[Job | Norm]] = []
+    levels: list[list[Task]] = []
     level_of: dict[int, int] = {}
 
-    def add(job: Job | Norm, index: int, upstream: int) -> None:
+    def add(job: Task, index: int, upstream: int) -> None:
         level = 1 + max((depth for j, depth in level_of.items() if upstream >> j & 1), default=-1)
         level_of[index] = level
         if level == len(levels):
@@ -139,6 +159,16 @@ def jobs_of(
             if data in flow.touched:
                 add(norms[name], index, flow.jobs.get(data, 0) if data is not None else 0)
             continue
+        if name in recurrent:
+            layer, values = recurrent[name], [v for v in nodes[name].inputs if v is not None]
+            lost = not all(m.all() for m in layer.kept(coupling, kept))
+            if lost or (everything and any(v in flow.touched for v in values)):
+                add(
+                    layer,
+                    index,
+                    functools.reduce(operator.or_, (flow.jobs.get(v, 0) for v in values), 0),
+                )
+            continue
         consumer = consumers[name]
         target = residual_target(nodes[name], consumer.output, flow, index)
         axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
@@ -147,17 +177,34 @@ def jobs_of(
         lost = not inputs.all() or target.shortcut is not None
         if data is None or not (lost or (everything and data in flow.touched)):
             continue
-        upstream = flow.jobs.get(data, 0)
+        before = flow.jobs.get(data, 0)
         if target.shortcut is not None:
-            upstream |= flow.jobs.get(target.shortcut, 0)
+            before |= flow.jobs.get(target.shortcut, 0)
         outputs = staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs)
         bounds = bounds_of(target.result)
         job = Job(consumer, data.name or "", target.terms, inputs, outputs, bounds)
-        add(job, index, upstream)
+        add(job, index, before)
     contractions = {t.node for t in coupling.macs} - set(names)
     untreated = {
-        name: layers.obstacle(name)
+        name: refused.get(name, layers.obstacle(name))
         for name, node in nodes.items()
         if name in contractions and any(v in flow.touched for v in node.inputs)
     }
     return levels, untreated
+
+
+def _recurrent(
+    model: ir.Model, masked: Mapping[str, ir.Node]
+) -> tuple[dict[str, Recurrent], dict[str, str]]:
+    """The recurrent layers that can be refitted, and why the others can not."""
+    found: dict[str, Recurrent] = {}
+    refused: dict[str, str] = {}
+    for node in model.graph:
+        if node.op_type not in GATES or node.domain not in {"", "ai.onnx"}:
+            continue
+        name = node.name or ""
+        try:
+            found[name] = recurrent_of(node, masked[name])
+        except UnsupportedError as error:
+            refused[name] = str(error)
+    return found, refused

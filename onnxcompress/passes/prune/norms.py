@@ -59,9 +59,9 @@ class Norm:
     channels: int
 
     @property
-    def target(self) -> tuple[tuple[str, float], ...]:
-        """What it is matched to, as layers name it."""
-        return ((REFERENCE_PREFIX + self.original, 1.0),)
+    def wanted(self) -> tuple[str, ...]:
+        """Values to have at hand."""
+        return self.data, REFERENCE_PREFIX + self.original
 
     @property
     def written(self) -> tuple[str, ...]:

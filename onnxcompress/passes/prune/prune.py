@@ -25,7 +25,7 @@ from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
 from onnxcompress.passes.prune.contest import distinct, varied, winner
-from onnxcompress.passes.prune.jobs import Refit
+from onnxcompress.passes.prune.jobs import Refit, refitted
 from onnxcompress.passes.prune.options import Importance, Measure, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, recover
 from onnxcompress.passes.prune.score import (
@@ -199,16 +199,11 @@ def _drop_zero_biases(model: ir.Model, added: Sequence[str]) -> None:
 
 
 def _refit_changes(recovery: Recovery) -> list[Change]:
-    what = "mean and variance estimated anew"
-    changes = [Change(node, "BatchNormalization", what) for node in recovery.matched]
+    changes = list(recovery.others)
     for refit in recovery.refits:
-        if not refit.used:
-            continue
-        ridges = sorted({r for r in refit.ridges if r is not None})
-        what = "bias corrected"
-        if np.isfinite(ridges[0]):
-            what = f"refitted to the original's output (ridge {ridges[0]:g})"
-        changes.append(Change(refit.consumer.node, refit.consumer.op_type, what))
+        if refit.used:
+            ridge = min(r for r in refit.ridges if r is not None)
+            changes.append(Change(refit.consumer.node, refit.consumer.op_type, refitted(ridge)))
     return changes
 
 

@@ -30,12 +30,21 @@ from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
+from onnxcompress.passes.base import Change
 from onnxcompress.passes.prune.budget import Removed
 from onnxcompress.passes.prune.consumers import Layers
-from onnxcompress.passes.prune.fit import FOLDS, THOROUGH, Effort, Fitting, fold_count
-from onnxcompress.passes.prune.jobs import Job, Refit, jobs_of
+from onnxcompress.passes.prune.fit import (
+    FOLDS,
+    THOROUGH,
+    Effort,
+    Fitting,
+    choose,
+    fold_count,
+)
+from onnxcompress.passes.prune.jobs import Refit, Task, jobs_of, refitted
 from onnxcompress.passes.prune.norms import Norm
 from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.passes.prune.recurrent import Recurrent
 from onnxcompress.passes.prune.rows import RowSource
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
@@ -51,12 +60,12 @@ class Recovery:
 
     Attributes:
         refits: The layers treated, in topological order of their levels.
-        matched: Nodes of BatchNormalization with new statistics.
+        others: What was done to recurrent layers and normalizations.
         untreated: Node name to the reason.
     """
 
     refits: tuple[Refit, ...]
-    matched: tuple[str, ...]
+    others: tuple[Change, ...]
     untreated: Mapping[str, str]
 
 
@@ -89,17 +98,31 @@ def recover(
         masked, reference, [n for level in levels for job in level for n in job.written]
     )
     done: list[Refit] = []
-    matched: list[str] = []
+    changes: list[Change] = []
     with _Running(both, [both.wanted(level) for level in levels], ctx) as running:
         for number, level in enumerate(levels, start=1):
             text = f"prune: refitting layers, step {number} of {len(levels)}"
             stream = running.advance(number, text)
             for job in level:
+                if isinstance(job, Recurrent):
+                    found = job.refit(
+                        (both.model, model),
+                        reference,
+                        stream,
+                        both.names,
+                        job.kept(coupling, kept),
+                        running.folds(0),
+                        lambda m, weight, bias: choose(m, weight, bias, options.ridge),
+                    )
+                    if found is not None:
+                        changes.append(Change(job.node, job.op_type, refitted(found)))
+                    continue
                 if isinstance(job, Norm):
                     name = both.names[f"{REFERENCE_PREFIX}{job.original}"]
                     rows = RowSource(stream, job.plan(name, ctx.seed))
                     if job.match((both.model, model), rows):
-                        matched.append(job.node)
+                        what = "mean and variance estimated anew"
+                        changes.append(Change(job.node, "BatchNormalization", what))
                     continue
                 folds = min(running.folds(job.consumer.width), effort.folds)
                 source = RowSource(stream, job.plan(both.names, folds, ctx.seed, effort.row_limit))
@@ -107,7 +130,7 @@ def recover(
                 done.append(fit.refit)
                 for changed in (both.model, model):
                     job.consumer.write(changed, fit.weight, fit.bias)
-    return Recovery(tuple(done), tuple(matched), untreated)
+    return Recovery(tuple(done), tuple(changes), untreated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +162,9 @@ class _Both:
         joined = join(masked, reference)
         return cls(masked, {name: value.name or "" for name, value in joined.items()})
 
-    def wanted(self, level: Sequence[Job | Norm]) -> tuple[str, ...]:
+    def wanted(self, level: Sequence[Task]) -> tuple[str, ...]:
         """The values that the layers of a level are fitted to."""
-        names = [n for job in level for n in (job.data, *(name for name, _ in job.target))]
+        names = [n for job in level for n in job.wanted]
         return tuple(dict.fromkeys(self.names.get(name, name) for name in names))
 
 

@@ -20,11 +20,13 @@ from onnxcompress.errors import UsageError
 from onnxcompress.numerics.affine import weight_grid
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass, dynamic, dynamic_rules
+from onnxcompress.passes.quant.budget import Budget
+from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.constant_chains import fold_weight_chains
 from onnxcompress.passes.quant.dynamic_rules import RULES, Form, forms_of
 from onnxcompress.passes.quant.dynamic_write import block_length, write_forms
 from onnxcompress.passes.quant.judge import Judge
-from onnxcompress.passes.quant.options import Mode
+from onnxcompress.passes.quant.options import Mode, Objective
 from onnxcompress.runtime import optimized_graph
 from onnxcompress.targets import detect_target, target_by_name
 from onnxcompress.verification.gates import Gates
@@ -499,3 +501,41 @@ def test_embeddings_go_with_dynamic_nodes(tmp_path: Path) -> None:
     assert float_bytes(model) < float_bytes(reference) / 10
     feeds = synthetic_dataset(reference, samples=4, seed=3).first()
     assert sqnr_db(run_model(model, feeds), run_model(reference, feeds)) > 30
+
+
+def test_a_static_result_is_made_again_with_fewer_nodes(tmp_path: Path) -> None:
+    model = normalized(fixture("residual_bn").build())
+    ctx = context(tmp_path, synthetic_dataset(model, samples=8, seed=0))
+    quant = QuantPass(QuantOptions(mode=Mode.STATIC, objective=Objective.SIZE))
+    static = quant._static(model_io.clone(model), ctx, frozenset(), Budget(0.0))
+    assert static.draft is not None
+    assert static.again is not None
+    name = next(n.name or "" for n in model.graph if n.op_type == "Conv" and n.name in static.nodes)
+    again = model_io.clone(model)
+    fewer = static.again(again, frozenset([name]))
+    assert static.nodes - fewer.nodes >= {name}
+    assert fewer.nodes
+    feeds = synthetic_dataset(model, samples=4, seed=3).first()
+    expected = run_model(model, feeds)
+    for result in (again, static.draft(frozenset([name]))):
+        node = next(n for n in result.graph if n.name == name)
+        assert all(v.is_initializer() for v in node.inputs[1:] if v is not None)
+        assert sqnr_db(run_model(result, feeds), expected) > 15
+
+
+def test_relu_and_moved_values_are_not_measured_twice(tmp_path: Path) -> None:
+    b = ModelBuilder("moved")
+    x = b.input("x", [1, 3, 8, 8])
+    weight = b.constant(np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32))
+    made = b.op("Conv", x, weight)
+    kept = b.op("Relu", made)
+    b.output(b.op("Transpose", kept, perm=[0, 2, 3, 1]))
+    model = normalized(b.build())
+    ctx = context(tmp_path, synthetic_dataset(model, samples=4, seed=0))
+    builder = Builder(model, QuantOptions(), ctx)
+    conv, relu, _ = list(model.graph)
+    builder.measure(frozenset([conv.name or ""]))
+    assert set(builder.measured.ranges) == {
+        model.graph.inputs[0].name,
+        relu.outputs[0].name,
+    }

@@ -164,6 +164,42 @@ def test_the_clock_tells_more_work_from_less() -> None:
     assert 0 < 3 * little < much
 
 
+def test_a_race_ends_when_it_is_decided() -> None:
+    runs = [0, 0]
+
+    class Counted(_Busy):
+        def __init__(self, steps: int, place: int) -> None:
+            super().__init__(steps)
+            self.place = place
+
+        def run(
+            self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+        ) -> dict[str, Array]:
+            runs[self.place] += 1
+            return super().run(feeds, outputs)
+
+    little, much = run_times([Counted(50_000, 0), Counted(500_000, 1)], {}, seconds=60, clear=1.1)
+    assert 3 * little < much
+    assert runs[1] < 20
+
+
+def test_outputs_of_slow_placements_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[frozenset[str]] = []
+
+    def fidelity(chosen: frozenset[str]) -> float:
+        looked.append(chosen)
+        return 30.0
+
+    def convolutions(chosen: frozenset[str]) -> int:
+        return sum(name.startswith("conv") for name in chosen)
+
+    found = _search(
+        monkeypatch, _model("conv_chain"), lambda chosen: 20.0 - 4 * convolutions(chosen), fidelity
+    )
+    assert found.timed >= 2
+    assert {convolutions(chosen) for chosen in looked} == {max(map(convolutions, looked))}
+
+
 def test_a_candidate_says_what_stays_float() -> None:
     words = str(Candidate(prefix=2, depthwise=128, joins=False))
     assert words == (

@@ -199,6 +199,7 @@ class Builder:
         *,
         wide: frozenset[str] = frozenset(),
         halves: frozenset[str] = frozenset(),
+        method: RangeMethod | None = None,
     ) -> Built:
         """The model with the scales, weights and biases that the options ask for.
 
@@ -206,9 +207,10 @@ class Builder:
             chosen: Nodes on integers.
             wide: Those of them with 16-bit activations.
             halves: Float nodes whose weights are stored in float16.
+            method: How to choose ranges, where that is known; the option decides when None.
         """
         plan = make_plan(self.network, chosen)
-        method = self._options.ranges
+        method = method or self._options.ranges
         if is_wide(self._grid):
             method = RangeMethod.MINMAX  # nothing is to be gained by clipping 16 bits
         if method is not RangeMethod.AUTO:

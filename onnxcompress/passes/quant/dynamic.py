@@ -38,6 +38,9 @@ from onnxcompress.targets import detect_target
 _GOOD_ENOUGH_DB = 30.0
 """A static result this near to float is not compared with a dynamic one."""
 
+_CERTAINLY_DB = 1.0
+"""What it differs by from some samples to others, at most."""
+
 _LOSES = 0.98
 """Below this speed against float a result is not shipped (objective=latency)."""
 
@@ -272,6 +275,9 @@ class _Run:
     def _rivals(self, base: _Base) -> _Rivals:
         """Static products that a dynamic form could replace; none unless they matter."""
         if not base.static.nodes or not self._timed():
+            return _Rivals()
+        known = base.static.report.figures.get("calibration_sqnr_db")
+        if isinstance(known, float) and known >= _GOOD_ENOUGH_DB + _CERTAINLY_DB:
             return _Rivals()
         products, weights, others = set(), 0, 0
         opset = self._work.opset_imports.get("", 0)

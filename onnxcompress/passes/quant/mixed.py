@@ -143,7 +143,10 @@ class Mixer:
         """The same mix with fewer nodes on integers, calibrated anew; None if none is left."""
         if not self._has_weights(chosen):
             return None
-        built = self._builder.careful(chosen, wide=mixed.wide & chosen, halves=mixed.built.halves)
+        before = mixed.built
+        built = self._builder.careful(
+            chosen, wide=mixed.wide & chosen, halves=before.halves, method=before.method
+        )
         return replace(mixed, built=built, chosen=chosen)
 
     def _has_weights(self, chosen: frozenset[str]) -> bool:

@@ -46,7 +46,10 @@ SUITE: tuple[tuple[str, dict[str, object]], ...] = (
     ("cifar_resnet20", {"macs": 0.5}),
     ("cifar_resnet56", {"macs": 0.7}),
     ("cifar_resnet56", {"macs": 0.5}),
-    ("minilm_l6_v2", {"macs": 0.8}),
+    ("minilm_l6_v2", {"keep": "*intermediate*:0.5", "rounds": 1}),
+    ("minilm_l6_v2", {"keep": "*intermediate*:0.7,*attention*:0.833", "rounds": 1}),
+    ("dtln_1", {"macs": 0.8}),
+    ("silero_vad", {"macs": 0.8}),
 )
 """Models and budgets of the documentation's table."""
 
@@ -178,7 +181,9 @@ def line(row: dict[str, object]) -> str:
     """One row of the table."""
     given = row["options"]
     budget = given if isinstance(given, dict) else {}
-    text = " ".join(f"{k}={v}" for k, v in budget.items() if k in {"macs", "params", "bytes"})
+    text = " ".join(
+        f"{k}={v}" for k, v in budget.items() if k in {"macs", "params", "bytes", "keep"}
+    )
     head = f"{row['model']:24s} {text:12s} {row['method']:18s}"
     figures, result = row.get("figures"), row.get("evaluation")
     if not isinstance(figures, dict) or not isinstance(result, dict) or "error" in result:

@@ -283,6 +283,31 @@ def test_keep_names_what_stays_exactly(tmp_path: Path) -> None:
         PruneOptions.parse({"keep": "conv"}, owner="prune")
 
 
+def test_what_stands_in_padding_changes_nothing(tmp_path: Path) -> None:
+    """Attention over tokens whose mask the model obeys, and a wide layer behind it."""
+    b = ModelBuilder("padded")
+    ids, mask = (b.input(n, ["batch", "length"], np.int64) for n in ("ids", "mask"))
+    x = b.op("Gather", b.weight(20, 8), ids)
+    keep = b.op("Unsqueeze", b.op("Cast", mask, to=1), b.constant([1]))
+    off = b.op("Mul", b.op("Sub", b.constant(1.0), keep), b.constant(-1e9))
+    scores = b.op("Add", b.op("MatMul", x, b.op("Transpose", x, perm=[0, 2, 1])), off)
+    y = b.op("MatMul", b.op("Softmax", scores, axis=-1), x)
+    b.output(b.linear(b.op("Tanh", b.linear(y, 8, 24)), 24, 4))
+    model = normalized(b.build())
+    rng = np.random.default_rng(0)
+    used = (np.arange(12) < rng.integers(2, 9, (48, 1))).astype(np.int64)
+    tokens = rng.integers(0, 20, used.shape)
+    options = PruneOptions(params=0.7, align=1, rounds=1)
+    found = []
+    for filler in (0, 7):
+        filled = np.where(used == 1, tokens, filler)
+        data = dataset(model, {"ids": filled, "mask": used})
+        result, report = pruned(model, options, tmp_path, data)
+        assert any("padding" in note for note in report.notes)
+        found.append(run_model(result, {"ids": tokens[:4], "mask": used[:4]}))
+    assert largest_error(found[0], found[1]) == 0
+
+
 def test_an_empty_budget_is_refused_and_none_is_the_default() -> None:
     with pytest.raises(UsageError, match=r"option prune\.macs has no value"):
         PruneOptions.parse({"macs": ""}, owner="prune")

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress.calibration.padding import without_padding
 from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError, UsageError
 from onnxcompress.graph.coupling import Coupling, Group
@@ -22,6 +23,7 @@ from onnxcompress.passes.prune.options import Budget, Importance, Measure, Prune
 from onnxcompress.passes.prune.ranking import rank_with_data
 from onnxcompress.passes.prune.recover import Recovery
 from onnxcompress.passes.prune.score import Ranking, rank_by_weights, rank_without_data
+from onnxcompress.runtime import open_session
 
 Indices = npt.NDArray[np.int64]
 
@@ -45,7 +47,10 @@ class Work:
         self.model, self.coupling, self.options = model, coupling, options
         self._ledger = ledger
         self.notes: list[str] = []
-        self.ctx = _limited(ctx, options.samples)
+        limited = _limited(ctx, options.samples)
+        self.ctx = _unpadded(model, limited)
+        if self.ctx is not limited:
+            self.notes.append("Statistics leave out the padding that a mask input marks.")
         self._nodes = {n.name or "": n for n in model.graph.all_nodes()}
         self.layers = Layers.of(model)
         self.groups, self._excluded = _filtered(coupling.groups, options)
@@ -278,6 +283,17 @@ def _limited(ctx: PassContext, samples: int) -> PassContext:
     if ctx.calibration is None or not samples or ctx.calibration.sample_count <= samples:
         return ctx
     return dataclasses.replace(ctx, calibration=ctx.calibration.spread(samples))
+
+
+def _unpadded(model: ir.Model, ctx: PassContext) -> PassContext:
+    """The job with samples cut to their tokens: rows of padding tell nothing about a layer."""
+    if ctx.calibration is None:
+        return ctx
+    cut = without_padding(
+        ctx.calibration,
+        lambda: open_session(model, ctx.session, work_dir=ctx.work_dir).run,
+    )
+    return ctx if cut is None else dataclasses.replace(ctx, calibration=cut)
 
 
 def _width(group: Group) -> int:

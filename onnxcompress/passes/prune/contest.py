@@ -1,10 +1,16 @@
 """Several plans for one budget, of which the one wins that turns out best once it is refitted.
 
-The loss of a group is measured with the layers that read it refitted, and no others. A group that
-one layer reads is repaired by that layer alone then, and by all that follow in the end. A group
-that many layers read (a residual stream) is repaired by all of them at once already: next to the
-others it looks cheaper than it is. By how much depends on the network. So plans are also made with
-the losses of such groups doubled, and doubled again; each is refitted quickly on one part of the
+The loss of a group is measured with the layers that read it refitted, and no others, and losses are
+added as if groups had nothing to do with each other. Both are wrong in ways that depend on the
+network:
+
+- A group that one layer reads is repaired by that layer alone in the measurement, and by all that
+  follow in the end. A group that many layers read (a residual stream) is repaired by all of them at
+  once already: next to the others it looks cheaper than it is.
+- What follows makes up for many small losses better than for one large one.
+
+So plans are also made with the losses of shared groups doubled (and doubled again), and with all
+losses raised to a power, which spreads them. Each plan is refitted quickly on one part of the
 samples, and its outputs are compared with the original's on the other.
 """
 
@@ -13,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -38,15 +45,31 @@ _SAMPLES = 256
 """Samples that plans are compared on, at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """Losses seen in another way: ``(shared · loss) ** power``, ``shared`` 1 for other groups."""
+
+    shared: float = 1.0
+    power: float = 1.0
+
+
+_VIEWS = (_View(), _View(shared=2.0), _View(power=1.5), _View(shared=4.0))
+VARIATIONS = len(_VIEWS)
+"""Ways to look at the losses; the first one takes them as they are."""
+
+
 def varied(rankings: Sequence[Ranking], number: int) -> list[Ranking]:
-    """The rankings with the losses of groups that several layers read times ``2 ** number``.
+    """The rankings with their losses seen in another way.
 
     Args:
         rankings: The rankings.
-        number: Which of the variations; 0 is none.
+        number: Which of the :data:`VARIATIONS`; 0 changes nothing.
     """
+    view = _VIEWS[number]
     return [
-        dataclasses.replace(r, losses=r.losses * 2.0**number) if len(r.group.sinks) > 1 else r
+        dataclasses.replace(
+            r, losses=(r.losses * (view.shared if len(r.group.sinks) > 1 else 1.0)) ** view.power
+        )
         for r in rankings
     ]
 

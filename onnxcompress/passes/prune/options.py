@@ -121,11 +121,11 @@ class PruneOptions(PassOptions):
         maximum=100,
     )
     plans: int = option(
-        3,
+        4,
         "Ways of spending the budget that are refitted quickly and compared on held-out samples; "
         "1 takes the one of the least summed loss.",
         minimum=1,
-        maximum=20,
+        maximum=4,
     )
     align: int = option(
         0,

@@ -164,7 +164,7 @@ class PruneOptions(PassOptions):
         "chooses it on held-out samples.",
         minimum=0.0,
     )
-    samples: int = option(512, "Calibration samples to use at most; 0 uses all.", minimum=0)
+    samples: int = option(1024, "Calibration samples to use at most; 0 uses all.", minimum=0)
 
     @property
     def asks_for_budget(self) -> bool:

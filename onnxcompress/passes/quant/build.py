@@ -60,8 +60,8 @@ _ENDLESS = (
     "it meets a tensor with infinite values or NaN, as masks have, which integers cannot hold"
 )
 
-AUTO_RANGES = (RangeMethod.NORM, RangeMethod.MSE, RangeMethod.MINMAX)
-"""What ``ranges=auto`` compares; none of them is the best everywhere."""
+AUTO_RANGES = (RangeMethod.NORM, RangeMethod.MINMAX)
+"""What ``ranges=auto`` compares; neither is the better one everywhere."""
 
 _CLEARLY_DB = 10.0
 """Outputs better than the least SQNR by this need no look at single nodes."""

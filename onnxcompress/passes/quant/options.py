@@ -107,8 +107,8 @@ class QuantOptions(PassOptions):
         RangeMethod.AUTO,
         "how activation ranges are chosen: minmax, moving_average (of each sample's extremes), "
         "percentile, entropy (least Kullback-Leibler divergence), mse (least squared error), norm "
-        "(least mean of |error|^2.4), or auto (norm, mse or minmax, whichever keeps the outputs "
-        "nearest to float)",
+        "(least mean of |error|^2.4), or auto (norm or minmax, whichever keeps the outputs "
+        "nearer to float)",
     )
     percentile: float = option(
         99.99,

@@ -185,11 +185,13 @@ def _give_back(
             place = curve.counts.index(current[curve.group])
             if place and curve.group not in blocked:
                 gain = curve.losses[place] - curve.losses[place - 1]
-                offers.append((gain, curve.group, curve.counts[place - 1]))
+                free = curve.losses[place] <= 0
+                offers.append((gain, not free, curve.group, curve.counts[place - 1]))
         if not offers:
             return current
-        gain, group, count = max(offers)
-        if gain > 0 and cost({**current, group: count}) <= kept:
+        gain, useful, group, count = max(offers)
+        # Where losses level off, fewer removals are the better ones, unless they are free.
+        if (gain > 0 or (useful and gain >= 0)) and cost({**current, group: count}) <= kept:
             current[group] = count
         else:
             blocked.add(group)

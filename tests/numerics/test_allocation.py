@@ -78,6 +78,17 @@ def test_units_are_given_back_where_the_hull_took_too_many() -> None:
     assert allocate([hollow], lambda c: 1 - c[0] / 16, 0.85) == {0: 4}
 
 
+def test_where_losses_level_off_the_budget_decides_unless_removal_is_free() -> None:
+    level = Curve(0, (0, 1, 2, 3, 4), (0.0, 1.0, 1.0, 1.0, 1.0))
+    dead = Curve(1, (0, 1, 2), (0.0, 0.0, 0.0))
+
+    def cost(counts: Mapping[int, int]) -> float:
+        return 1 - 0.1 * sum(counts.values())
+
+    assert allocate([level], cost, 0.8) == {0: 2}
+    assert allocate([dead], cost, 0.9) == {1: 2}
+
+
 def test_nothing_is_removed_when_the_budget_already_holds() -> None:
     assert allocate([convex_curve(0, 0)], lambda _: 1.0, 1.0) == {0: 0}
 

@@ -162,7 +162,8 @@ class Work:
             open_ = tuple(n for n in self.counts(ranking.group, part) if n > gone)
             fixed = open_ and ranking.group.index in self._kept
             counts = open_ if fixed else (gone, *open_)
-            losses = tuple(float(ranking.losses[n]) for n in counts)
+            # Measurements of two sizes may say otherwise, but more removals never cost less.
+            losses = tuple(np.maximum.accumulate(ranking.losses)[list(counts)].tolist())
             curves.append(Curve(ranking.group.index, counts, losses))
 
         def plan_for(share: float) -> dict[int, Indices]:

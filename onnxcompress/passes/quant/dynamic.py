@@ -38,6 +38,9 @@ from onnxcompress.targets import detect_target
 _GOOD_ENOUGH_DB = 30.0
 """A static result this near to float is not compared with a dynamic one."""
 
+_MUST_GAIN = 0.05
+"""What dynamic products must gain in score: speeds scatter by as much between sessions."""
+
 _CERTAINLY_DB = 1.0
 """What it differs by from some samples to others, at most."""
 
@@ -345,7 +348,7 @@ class _Run:
             f"static {times[0] * 1e3:.3f} ms, {rated.sqnr_db:.1f} dB; dynamic products, a draft: "
             f"{times[1] * 1e3:.3f} ms, {other.sqnr_db:.1f} dB"
         )
-        return other.score(times[1]) > rated.score(times[0])
+        return other.score(times[1]) > rated.score(times[0]) + _MUST_GAIN
 
     def _searched(self, base: _Base, judge: Judge) -> _Result:
         search = Search(base.model, base.items, judge, self._grid, least_db=self._least_db)

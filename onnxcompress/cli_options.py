@@ -162,7 +162,10 @@ data_options = _section(
         metavar="DATA",
     ),
     _option(
-        "--calib-samples", "Most samples to calibrate on; 512 by default.", type=_COUNT, metavar="N"
+        "--calib-samples",
+        "Calibrate on at most so many; 1024 by default.",
+        type=_COUNT,
+        metavar="N",
     ),
     *_EVALUATION,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -46,6 +46,12 @@ class PassContext:
     goals: Gates = field(default_factory=Gates)
     original: Path | None = None
     workers: Workers = field(default_factory=Workers)
+
+    def at_most(self, samples: int) -> PassContext:
+        """The job with no more than ``samples`` calibration samples, spread over all; 0: all."""
+        if self.calibration is None or not samples or self.calibration.sample_count <= samples:
+            return self
+        return replace(self, calibration=self.calibration.spread(samples))
 
     def collect(
         self,

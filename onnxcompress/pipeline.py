@@ -59,7 +59,7 @@ def compress(
     threads: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    calib_samples: int = 512,
+    calib_samples: int = 1024,
     eval_samples: int | None = None,
     image: ImageOptions | None = None,
     gates: Gates | None = None,

@@ -47,7 +47,7 @@ class Work:
         self.model, self.coupling, self.options = model, coupling, options
         self._ledger = ledger
         self.notes: list[str] = []
-        limited = _limited(ctx, options.samples)
+        limited = ctx.at_most(options.samples)
         self.ctx = _unpadded(model, limited)
         if self.ctx is not limited:
             self.notes.append("Statistics leave out the padding that a mask input marks.")
@@ -277,13 +277,6 @@ class Work:
             more = f" (and {len(others)} more such places)" if others else ""
             skips.append(Skip(first, self.op_type(first), reason + more))
         return skips
-
-
-def _limited(ctx: PassContext, samples: int) -> PassContext:
-    """The job with no more than ``samples`` calibration samples (0: all)."""
-    if ctx.calibration is None or not samples or ctx.calibration.sample_count <= samples:
-        return ctx
-    return dataclasses.replace(ctx, calibration=ctx.calibration.spread(samples))
 
 
 def _unpadded(model: ir.Model, ctx: PassContext) -> PassContext:

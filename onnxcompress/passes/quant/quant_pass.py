@@ -56,6 +56,9 @@ _NO_RULE = {
     "RNN": "there is no integer kernel for it",
 }
 
+_SAMPLES = 512
+"""Calibration samples at most; more gained nothing."""
+
 _LOSES = 0.98
 """Below this speed against float the integer model is not shipped (objective=latency)."""
 
@@ -142,6 +145,7 @@ class QuantPass:
             DataError: If there is no calibration data.
             UsageError: If a name pattern or operator matches no node.
         """
+        ctx = ctx.at_most(_SAMPLES)
         mode, budget = self._options.mode, Budget(self._options.search_seconds)
         if mode is Mode.STATIC:
             return self._static(model, ctx, frozenset(), budget).report

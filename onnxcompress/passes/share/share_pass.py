@@ -23,6 +23,9 @@ from onnxcompress.passes.share.select import Selection, Weight, select
 from onnxcompress.passes.share.sequence import fit_in_steps
 from onnxcompress.runtime import optimized_graph
 
+_SAMPLES = 512
+"""Calibration samples at most; more gained nothing."""
+
 
 class SharePass:
     """Store duplicates once, and weights as indices into codebooks."""
@@ -64,6 +67,7 @@ class SharePass:
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         """Share in place."""
+        ctx = ctx.at_most(_SAMPLES)
         filters = self._filters(model)
         merged = self._merged(model)
         notes = self._raised(model)

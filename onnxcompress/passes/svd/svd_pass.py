@@ -108,9 +108,7 @@ class SvdPass:
                 "The calibration samples are invented: ranks and recovery follow them, not your "
                 "data. Give --calib."
             )
-        if options.samples and data.sample_count > options.samples:
-            ctx = dataclasses.replace(ctx, calibration=data.take(options.samples))
-        return options, ctx, notes
+        return options, ctx.at_most(options.samples), notes
 
     @staticmethod
     def _is_faster(model: ir.Model, planner: Planner, plan: Plan) -> bool:

@@ -16,6 +16,7 @@ from onnxcompress.interface import input_specs
 from onnxcompress.numerics.equalization import ChannelStatistics
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass
+from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.smoothing import Site, apply, choose, find_sites
@@ -88,6 +89,25 @@ def test_outliers_of_norms_are_moved_into_weights(style: str, static: bool, tmp_
     # The normalization takes the factors up, unless somebody else reads it.
     smoothing = [change.what for change in report.changes if "smoothed" in change.what]
     assert any(("by a Mul" in what) == (style == "post_norm") for what in smoothing)
+
+
+@pytest.mark.parametrize("style", ["layer_norm", "post_norm"])
+def test_without_static_nodes_the_smoothed_model_is_left_for_dynamic_ones(
+    style: str, tmp_path: Path
+) -> None:
+    model = _feed_forward(style)
+    options = QuantOptions.parse({"mode": "static", "objective": "size"}, owner="quant")
+    ctx = context(tmp_path, _data(model))
+    found = QuantPass(options)._static(model_io.clone(model), ctx, frozenset(), Budget(0.0))
+    assert found.again is not None
+    again = model_io.clone(model)
+    left = found.again(again, found.nodes)
+    assert not left.nodes
+    assert not left.left_in_float
+    assert any("smoothed" in change.what for change in left.report.changes)
+    assert "integer_nodes" not in left.report.figures
+    # The embedding table has 8 bits, the rest is float: no other error than that.
+    assert _sqnr_db(run_model(again, _FEEDS), run_model(model, _FEEDS)) > 35
 
 
 @pytest.mark.parametrize("style", ["layer_norm", "rms_norm", "post_norm"])

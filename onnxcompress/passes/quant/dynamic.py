@@ -78,12 +78,14 @@ class Static:
             others as they are.
         again: Quantizes a copy of the model, in place, with some of these nodes in float, the
             others where they are.
+        left_in_float: Whether the last note of the report says that nothing could be done.
     """
 
     report: PassReport
     nodes: frozenset[str]
     draft: Callable[[frozenset[str]], ir.Model] | None = None
     again: StaticRun | None = None
+    left_in_float: bool = False
 
 
 StaticRun = Callable[[ir.Model, frozenset[str]], Static]
@@ -183,19 +185,6 @@ class _Base:
     embedded: tuple[Change, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rivals:
-    """Static products that a dynamic form could replace.
-
-    Attributes:
-        names: Their names.
-        alone: Whether nothing else with a weight is static.
-    """
-
-    names: frozenset[str] = frozenset()
-    alone: bool = False
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Result:
     """A whole result: a base and the forms written on top of it."""
@@ -235,7 +224,7 @@ class _Run:
         """Quantize and say what was done."""
         base = self._based(frozenset())
         rivals = self._rivals(base)
-        if not base.items and not rivals.names:
+        if not base.items and not rivals:
             result = _Result(base, base.model, {})
         else:
             result = self._chosen(base, rivals)
@@ -244,20 +233,17 @@ class _Run:
             self._model.opset_imports.update(result.model.opset_imports)
         return self._merged(result)
 
-    def _based(
-        self, kept: frozenset[str], *, before: Static | None = None, alone: bool = False
-    ) -> _Base:
+    def _based(self, kept: frozenset[str], *, before: Static | None = None) -> _Base:
         """Static quantization of everything but ``kept``; the rest may become dynamic.
 
         Args:
             kept: Nodes that stay float.
             before: What static quantization made of the whole, where that is known.
-            alone: Whether nothing with a weight would be static then: nothing is.
         """
         model = model_io.clone(self._work)
         static = Static(PassReport(), frozenset())
         run = self._static if before is None else before.again
-        if run is not None and not alone:
+        if run is not None:
             static = run(model, kept)
         embedded: tuple[Change, ...] = ()
         if not static.nodes and self._options.embeddings and not self._options.op_types:
@@ -275,13 +261,13 @@ class _Run:
             items = ()
         return _Base(model, static, items, reasons, embedded)
 
-    def _rivals(self, base: _Base) -> _Rivals:
+    def _rivals(self, base: _Base) -> frozenset[str]:
         """Static products that a dynamic form could replace; none unless they matter."""
         if not base.static.nodes or not self._timed():
-            return _Rivals()
+            return frozenset()
         known = base.static.report.figures.get("calibration_sqnr_db")
         if isinstance(known, float) and known >= _GOOD_ENOUGH_DB + _CERTAINLY_DB:
-            return _Rivals()
+            return frozenset()
         products, weights, others = set(), 0, 0
         opset = self._work.opset_imports.get("", 0)
         for node in self._work.graph:
@@ -294,9 +280,9 @@ class _Run:
                 weights += size
             else:
                 others += size
-        return _Rivals(frozenset(products), others == 0) if weights >= others else _Rivals()
+        return frozenset(products) if weights >= others else frozenset()
 
-    def _chosen(self, base: _Base, rivals: _Rivals) -> _Result:
+    def _chosen(self, base: _Base, rivals: frozenset[str]) -> _Result:
         try:
             judge = self._judge()
         except DataError as error:
@@ -311,9 +297,10 @@ class _Run:
             result = self._searched(base, judge)
             return result if self._keeps(result.model) else _Result(base, base.model, {})
         results = [self._searched(base, judge)] if base.items else []
-        if rivals.names and self._budget.left > 0 and self._better_dynamic(base, rivals, judge):
-            other = self._based(rivals.names, before=base.static, alone=rivals.alone)
-            results.append(self._searched(other, judge))
+        if rivals and self._budget.left > 0 and self._better_dynamic(base, rivals, judge):
+            other = self._searched(self._based(rivals, before=base.static), judge)
+            if other.forms:
+                results.append(other)
         if not results and not base.items:
             return _Result(base, base.model, {})
         idle = {item.name: item.idle for item in base.items if item.idle is not None}
@@ -322,7 +309,7 @@ class _Run:
         )
         return self._fastest(results, judge)
 
-    def _better_dynamic(self, base: _Base, rivals: _Rivals, judge: Judge) -> bool:
+    def _better_dynamic(self, base: _Base, rivals: frozenset[str], judge: Judge) -> bool:
         """Whether a static result so far from float gains by dynamic products, as a draft shows it.
 
         The draft is the static model with its products in float, and these in their usual form.
@@ -332,10 +319,10 @@ class _Run:
             return False
         if base.static.draft is None:
             return True
-        draft = base.static.draft(rivals.names)
+        draft = base.static.draft(rivals)
         items, _ = find_items(
             draft,
-            lambda node: None if node.name in rivals.names else "it is static",
+            lambda node: None if node.name in rivals else "it is static",
             convolutions=False,
         )
         if not items:
@@ -440,8 +427,8 @@ class _Run:
         if forms:
             figures |= {"dynamic_nodes": computed, "stored_nodes": len(forms) - computed}
         notes = list(static.notes)
-        if forms and notes and not result.base.static.nodes:
-            notes.pop()  # it says that the model was left in float
+        if forms and notes and result.base.static.left_in_float:
+            notes.pop()
         if forms:  # the speed of the static part alone, which is not what is shipped
             notes = [note for note in notes if not note.startswith(NOT_FASTER)]
         notes += self._notes

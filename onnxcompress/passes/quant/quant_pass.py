@@ -74,6 +74,11 @@ _PLACEMENT_SHARE = 0.6
 _PLACEMENT_SAMPLES = 16
 """Samples on which the outputs of placements are compared with float."""
 
+_OF_THE_SEARCH = frozenset(
+    {"equalization_gain_db", "placements_timed", "search_seconds", "smoothing_gain_db"}
+)
+"""Figures that are true whatever is on integers in the end."""
+
 _FINAL_SECONDS = 1.5
 """Time to compare the result with float."""
 
@@ -510,7 +515,7 @@ class _Run:
         report = self.report()
         result = self._result
         if result is None:
-            return Static(report, frozenset())
+            return Static(report, frozenset(), left_in_float=True)
 
         def draft(names: frozenset[str]) -> ir.Model:
             return self._builder.part_of(result.built, result.chosen - names)
@@ -518,10 +523,23 @@ class _Run:
         def again(model: ir.Model, names: frozenset[str]) -> Static:
             fewer = self._mixer.rebuilt(result, result.chosen - names)
             if fewer is None:
-                return Static(PassReport(), frozenset())
+                return self._only_conditioned(model)
             return Static(self._written(model, fewer), self._integer_nodes)
 
         return Static(report, self._integer_nodes, draft, again)
+
+    def _only_conditioned(self, model: ir.Model) -> Static:
+        """Leave all in float but the embeddings, smoothed as for integers."""
+        prepare(model)
+        self._embed(model)
+        smoothed(model, self._conditioned)
+        report = PassReport(
+            changes=(*self._prepared, *self._embedded[0]),
+            skips=tuple(self._skips.values()),
+            figures={n: f for n, f in self._figures.items() if n in _OF_THE_SEARCH},
+            notes=tuple(self._notes),
+        )
+        return Static(report, frozenset())
 
     def _left_in_float(self, note: str) -> PassReport:
         return PassReport(

@@ -358,3 +358,21 @@ def test_integers_of_other_nodes(how: str) -> None:
     assert largest_error(run_model(model, feeds), expected) < 0.05
     executed = optimized_graph(model, SETTINGS, HERE)
     assert "Gather" not in {node.op_type for node in executed.graph}
+
+
+def test_filters_of_depthwise_convolutions_are_left_unless_named() -> None:
+    b = ModelBuilder("separable")
+    x = b.conv(b.input("x", [1, 64, 8, 8]), 64, 64, groups=64)
+    b.output(b.conv(x, 64, 512, 1))
+    model = b.build()
+    model_io.normalize(model)
+    depthwise, pointwise = (n for n in model.graph if n.op_type == "Conv")
+    plan = SharePass(ShareOptions(min_elements=256)).plan(model, context(HERE))
+    (skip,) = (s for s in plan.skips if "each output is made of 9" in s.reason)
+    assert depthwise.inputs[1] is not None
+    assert skip.node == depthwise.inputs[1].name
+    assert len(plan.changes) == 1
+    named = ShareOptions(min_elements=256, include=(depthwise.name or "",))
+    (change,) = SharePass(named).plan(model, context(HERE)).changes
+    assert change.node in {depthwise.name, depthwise.inputs[1].name}
+    assert pointwise.name

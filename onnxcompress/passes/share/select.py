@@ -13,10 +13,17 @@ from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes._inputs import moment_requests
 from onnxcompress.passes._layout import Layout
 from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout
+from onnxcompress.passes.base import Skip
 from onnxcompress.passes.share.integers import read_integers
 from onnxcompress.passes.share.options import ShareOptions
 
 Float32 = npt.NDArray[np.float32]
+
+_FEW_INPUTS = 16
+"""Weights per output below which a small weight is left alone."""
+
+_SMALL_PART = 0.02
+"""Part of all weights below which a weight is small."""
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8)
 
@@ -47,6 +54,11 @@ class Weight:
         return self.value.name or ""
 
     @property
+    def elements(self) -> int:
+        """Number of weights, R D."""
+        return self.layout.row_count * self.layout.columns
+
+    @property
     def nbytes(self) -> int:
         """Bytes it takes now."""
         tensor = self.value.const_value
@@ -70,7 +82,7 @@ def select(model: ir.Model, options: ShareOptions) -> Selection:
     Raises:
         UsageError: If a pattern matches no weight.
     """
-    return choose_weights(
+    chosen = choose_weights(
         model,
         lambda value, graph: _weight(value, graph, model),
         owner="share",
@@ -79,6 +91,28 @@ def select(model: ir.Model, options: ShareOptions) -> Selection:
         min_elements=options.min_elements,
         dtypes=(ir.DataType.FLOAT, *_INTEGERS),
     )
+    return chosen if options.include else _worth_it(chosen)
+
+
+def _worth_it(chosen: Selection) -> Selection:
+    """Leave out small weights of which few make an output: filters of depthwise convolutions.
+
+    Each output is a sum over ``D`` weights; with ``D`` this small the errors of their codes do not
+    average out, and there is little to save.
+    """
+    total = sum(weight.elements for weight in chosen.weights)
+    kept, skips = [], list(chosen.skips)
+    for weight in chosen.weights:
+        few = weight.layout.columns < _FEW_INPUTS
+        if not few or weight.elements >= _SMALL_PART * total:
+            kept.append(weight)
+            continue
+        reason = (
+            f"each output is made of {weight.layout.columns} of its weights alone, and it is "
+            f"{weight.elements / total:.1%} of all (name it in share.include to share it)"
+        )
+        skips.append(Skip(weight.name, "", reason))
+    return Selection(tuple(kept), tuple(skips))
 
 
 def _weight(value: ir.Value, graph: ir.Graph, model: ir.Model) -> Weight | str:

@@ -35,14 +35,8 @@ from onnxcompress.runtime import open_session
 from onnxcompress.search.goals import MARGIN_DB
 from onnxcompress.targets import detect_target
 
-_GOOD_ENOUGH_DB = 30.0
-"""A static result this near to float is not compared with a dynamic one."""
-
 _MUST_GAIN = 0.05
 """What dynamic products must gain in score: speeds scatter by as much between sessions."""
-
-_CERTAINLY_DB = 1.0
-"""What it differs by from some samples to others, at most."""
 
 _LOSES = 0.98
 """Below this speed against float a result is not shipped (objective=latency)."""
@@ -265,9 +259,6 @@ class _Run:
         """Static products that a dynamic form could replace; none unless they matter."""
         if not base.static.nodes or not self._timed():
             return frozenset()
-        known = base.static.report.figures.get("calibration_sqnr_db")
-        if isinstance(known, float) and known >= _GOOD_ENOUGH_DB + _CERTAINLY_DB:
-            return frozenset()
         products, weights, others = set(), 0, 0
         opset = self._work.opset_imports.get("", 0)
         for node in self._work.graph:
@@ -315,8 +306,6 @@ class _Run:
         The draft is the static model with its products in float, and these in their usual form.
         """
         rated = judge.rate(base.model)
-        if rated.sqnr_db >= _GOOD_ENOUGH_DB:
-            return False
         if base.static.draft is None:
             return True
         draft = base.static.draft(rivals)

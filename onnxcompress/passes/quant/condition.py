@@ -12,7 +12,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.equalize.balance import equalize, largest_spread
 from onnxcompress.passes.quant.build import Builder
-from onnxcompress.passes.quant.measure import Measured, bias_samples, few_samples
+from onnxcompress.passes.quant.measure import Measured, few_samples
 from onnxcompress.passes.quant.options import Equalize, QuantOptions, RangeMethod, Rounding
 from onnxcompress.passes.quant.placement import Network
 from onnxcompress.passes.quant.smoothing import Applied, Choice, apply, choose, find_sites
@@ -115,7 +115,7 @@ def _smoothing(
     if options.smooth == "off":
         return Conditioned()
     network = Network(model, symmetric=ctx.target.symmetric_activations)
-    sites, skips = find_sites(bias_samples(ctx), model, network, chosen)
+    sites, skips = find_sites(ctx, model, network, chosen)
     if not sites:
         return Conditioned(skips=skips)
     alpha = options.smoothing_alpha()

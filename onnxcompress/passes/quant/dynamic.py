@@ -380,7 +380,7 @@ class _Run:
         )
 
     def _judge(self) -> Judge:
-        """What rates results: outputs without padding, times on a sample as it is."""
+        """What rates results: samples as they are, outputs without what comes of padding."""
         samples = self._ctx.calibration
         if samples is None:
             synthetic = synthetic_dataset(
@@ -388,7 +388,8 @@ class _Run:
             )
             return Judge(self._model, synthetic)
         cut = without_padding(samples, lambda: open_session(self._model, self._ctx.session).run)
-        return Judge(self._model, cut or samples, samples.first())
+        filled = None if cut is None else samples
+        return Judge(self._model, cut or samples, samples.first(), filled=filled)
 
     def _merged(self, result: _Result) -> PassReport:
         """The static report and what became dynamic, in one."""

@@ -29,6 +29,9 @@ from onnxcompress.runtime import Array, Session, SessionSettings, open_session
 _SAMPLES = 32
 """Samples to compare outputs on, at even distances over the set: neighbours may be alike."""
 
+_BATCH = 8
+"""Samples per run: where a range is taken over the whole tensor, each loses by the others."""
+
 _SATURATED_DB = 40.0
 _PER_DB = 0.01
 _PER_BYTES = 0.05
@@ -72,6 +75,9 @@ class Judge:
         samples: Inputs to compare outputs on; a few are used.
         timed: One run's inputs to take times with; the first sample when None.
         count: How many samples to compare outputs on.
+        filled: The same samples with their padding, where ``samples`` are without. Models are run
+            on these, since filling widens ranges that are taken while they run, and compared where
+            both reach.
     """
 
     def __init__(
@@ -80,13 +86,22 @@ class Judge:
         samples: Dataset,
         timed: Mapping[str, Array] | None = None,
         count: int = _SAMPLES,
+        filled: Dataset | None = None,
     ) -> None:
         self.reference = reference
         self._settings = SessionSettings(threads=1)
-        self._feeds = list(samples.spread(min(samples.sample_count, count)).batches(1))
-        self._timed = self._feeds[0] if timed is None else timed
+        count = min(samples.sample_count, count)
+        chosen = samples.spread(count)
+        self._feeds = list(chosen.batches(_BATCH if filled is None else 1))
+        self._timed = chosen.first() if timed is None else timed
         session = self._open(reference)
-        self._wanted = [session.run(feeds) for feeds in self._feeds]
+        try:
+            self._wanted = [session.run(feeds) for feeds in self._feeds]
+        except ModelError:  # a batch axis by name alone
+            self._feeds = list(chosen.batches(1))
+            self._wanted = [session.run(feeds) for feeds in self._feeds]
+        if filled is not None:
+            self._feeds = list(filled.spread(count).batches(1))
 
     def rate(self, model: ir.Model, session: Session | None = None) -> Rated:
         """Run ``model`` on the samples and compare its outputs; -200 dB where it does not run.
@@ -133,13 +148,21 @@ def _worst(wanted: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, A
         signal = noise = 0.0
         for theirs, ours in zip(wanted, found, strict=True):
             expected = theirs[name].astype(np.float64)
-            if ours[name].shape != expected.shape:
+            got = _front(ours[name], expected.shape)
+            if got is None:
                 return _UNUSABLE
             with np.errstate(invalid="ignore", over="ignore"):
-                difference = expected - ours[name].astype(np.float64)
+                difference = expected - got.astype(np.float64)
                 signal += float(np.square(expected[np.isfinite(expected)]).sum())
                 noise += float(np.square(difference[np.isfinite(expected)]).sum())
         if not math.isfinite(noise):
             return _UNUSABLE
         worst = min(worst, sqnr_db(signal, noise))
     return 200.0 if math.isinf(worst) else worst
+
+
+def _front(array: Array, shape: tuple[int, ...]) -> Array | None:
+    """The front of ``array`` of that shape; None where it does not reach so far."""
+    if array.ndim != len(shape) or any(a < b for a, b in zip(array.shape, shape, strict=True)):
+        return None
+    return array[tuple(slice(0, extent) for extent in shape)]

@@ -197,7 +197,7 @@ def few_samples(ctx: PassContext) -> PassContext:
 
 
 def bias_samples(ctx: PassContext) -> PassContext:
-    """The job with as many samples as means need: what biases lack, how channels differ."""
+    """The job with as many samples as means need: what biases lack."""
     return _spread(ctx, _BIAS_SAMPLES)
 
 

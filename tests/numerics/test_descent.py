@@ -14,14 +14,9 @@ from onnxcompress.numerics.rounding import (
     round_to_nearest,
     round_with_feedback,
 )
+from tests.numerics.layers import random_layer
 
 GRID = weight_grid()
-
-
-def _layer(seed: int, outputs: int, size: int, groups: int) -> tuple[FloatArray, FloatArray]:
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(groups, size, size)) * rng.lognormal(size=(groups, 1, size))
-    return rng.normal(size=(outputs * groups, size)), mix.transpose(0, 2, 1) @ mix / size
 
 
 def _error(weight: FloatArray, scale: FloatArray, q: FloatArray, c: FloatArray) -> FloatArray:
@@ -39,7 +34,7 @@ def _error(weight: FloatArray, scale: FloatArray, q: FloatArray, c: FloatArray) 
 def test_it_is_never_worse_than_error_feedback(
     seed: int, outputs: int, size: int, groups: int, levels: float
 ) -> None:
-    weight, covariance = _layer(seed, outputs, size, groups)
+    weight, covariance = random_layer(seed, outputs, size, groups)
     scale = np.abs(weight).max(axis=1) / levels
     fed = round_with_feedback(weight, scale, GRID, covariance)
     made = descend(weight, scale, GRID, covariance, fed)
@@ -53,7 +48,7 @@ def test_it_is_never_worse_than_error_feedback(
 @example(seed=3661131, size=12)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12))
 def test_no_single_weight_could_be_better(seed: int, size: int) -> None:
-    weight, covariance = _layer(seed, 2, size, 1)
+    weight, covariance = random_layer(seed, 2, size, 1)
     scale = np.abs(weight).max(axis=1) / 3
     start = round_to_nearest(weight, scale, GRID)
     made = descend(weight, scale, GRID, covariance, start, sweeps=1000, least_gain=0.0)
@@ -65,7 +60,7 @@ def test_no_single_weight_could_be_better(seed: int, size: int) -> None:
 
 
 def test_it_gains_on_coarse_grids() -> None:
-    weight, covariance = _layer(3, 16, 128, 1)
+    weight, covariance = random_layer(3, 16, 128, 1)
     scale = np.abs(weight).max(axis=1) / 3
     fed = round_with_feedback(weight, scale, GRID, covariance)
     made = descend(weight, scale, GRID, covariance, fed)
@@ -74,7 +69,7 @@ def test_it_gains_on_coarse_grids() -> None:
 
 
 def test_without_signal_nothing_moves() -> None:
-    weight, _ = _layer(0, 2, 5, 1)
+    weight, _ = random_layer(0, 2, 5, 1)
     scale = np.ones(2)
     start = round_to_nearest(weight, scale, GRID)
     assert (descend(weight, scale, GRID, np.zeros((1, 5, 5)), start) == start).all()

@@ -12,14 +12,9 @@ from onnxcompress.numerics.rounding import (
     round_to_nearest,
     round_with_feedback,
 )
+from tests.numerics.layers import random_layer
 
 GRID = weight_grid()
-
-
-def _layer(seed: int, outputs: int, size: int, groups: int) -> tuple[FloatArray, FloatArray]:
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(groups, size, size)) * rng.lognormal(size=(groups, 1, size))
-    return rng.normal(size=(outputs * groups, size)), mix.transpose(0, 2, 1) @ mix / size
 
 
 @settings(max_examples=40, deadline=None)
@@ -33,7 +28,7 @@ def _layer(seed: int, outputs: int, size: int, groups: int) -> tuple[FloatArray,
 def test_feedback_is_never_worse_than_nearest_in_the_c_norm(
     seed: int, outputs: int, size: int, groups: int, levels: float
 ) -> None:
-    weight, covariance = _layer(seed, outputs, size, groups)
+    weight, covariance = random_layer(seed, outputs, size, groups)
     scale = np.abs(weight).max(axis=1) / levels
     nearest = round_to_nearest(weight, scale, GRID)
     made = round_with_feedback(weight, scale, GRID, covariance)
@@ -44,7 +39,7 @@ def test_feedback_is_never_worse_than_nearest_in_the_c_norm(
 
 
 def test_feedback_repairs_most_of_the_error_of_correlated_inputs() -> None:
-    weight, covariance = _layer(3, 16, 128, 1)
+    weight, covariance = random_layer(3, 16, 128, 1)
     covariance = covariance[:, :, :1] @ covariance[:, :1, :] + 0.05 * covariance
     scale = np.abs(weight).max(axis=1) / 7
     made = round_with_feedback(weight, scale, GRID, covariance)
@@ -71,7 +66,7 @@ def test_degenerate_covariance_still_rounds(covariance: FloatArray) -> None:
 
 
 def test_groups_use_their_own_covariance() -> None:
-    weight, covariance = _layer(7, 2, 12, 2)
+    weight, covariance = random_layer(7, 2, 12, 2)
     scale = np.abs(weight).max(axis=1) / 3
     both = round_with_feedback(weight, scale, GRID, covariance)
     second = round_with_feedback(weight[2:], scale[2:], GRID, covariance[1:])

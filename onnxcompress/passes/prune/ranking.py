@@ -15,6 +15,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.graph.surgery import mask
+from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.probe import OutputProbe
@@ -135,14 +136,8 @@ def _batches(
     groups: Sequence[Group], readers: Mapping[int, Sequence[Reader]]
 ) -> Iterator[list[Group]]:
     """Groups whose covariances fit into memory together."""
-    batch: list[Group] = []
-    used = 0
-    for group in groups:
-        size = sum(8 * r.consumer.groups * r.consumer.width**2 for r in readers[group.index])
-        if batch and used + size > _MOMENT_BYTES:
-            yield batch
-            batch, used = [], 0
-        batch.append(group)
-        used += size
-    if batch:
-        yield batch
+    return batches_within(
+        groups,
+        lambda g: sum(8 * r.consumer.groups * r.consumer.width**2 for r in readers[g.index]),
+        _MOMENT_BYTES,
+    )

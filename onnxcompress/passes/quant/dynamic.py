@@ -301,11 +301,10 @@ class _Run:
         return self._fastest(results, judge)
 
     def _better_dynamic(self, base: _Base, rivals: frozenset[str], judge: Judge) -> bool:
-        """Whether a static result so far from float gains by dynamic products, as a draft shows it.
+        """Whether a static result gains by dynamic products, as a draft shows it.
 
         The draft is the static model with its products in float, and these in their usual form.
         """
-        rated = judge.rate(base.model)
         if base.static.draft is None:
             return True
         draft = base.static.draft(rivals)
@@ -317,7 +316,7 @@ class _Run:
         if not items:
             return False
         write_forms(draft, start(items), self._grid)
-        other = judge.rate(draft)
+        rated, other = judge.rate(base.model), judge.rate(draft)
         with self._budget.spend():
             times = judge.times([base.model, draft])
         self._ctx.progress.log(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -193,19 +193,12 @@ def choose_affines(
 
 def few_samples(ctx: PassContext) -> PassContext:
     """The job with fewer samples, to compare versions; scales need them all."""
-    return _spread(ctx, _FEW_SAMPLES)
+    return ctx.at_most(_FEW_SAMPLES)
 
 
 def bias_samples(ctx: PassContext) -> PassContext:
     """The job with as many samples as means need: what biases lack."""
-    return _spread(ctx, _BIAS_SAMPLES)
-
-
-def _spread(ctx: PassContext, count: int) -> PassContext:
-    samples = ctx.calibration
-    if samples is None or samples.sample_count <= count:
-        return ctx
-    return replace(ctx, calibration=samples.spread(count))
+    return ctx.at_most(_BIAS_SAMPLES)
 
 
 def _moment_requests(nodes: Mapping[str, ir.Node]) -> dict[str, MomentsRequest]:

@@ -16,6 +16,7 @@ from onnxcompress.numerics import codebook, vector_codebook
 from onnxcompress.numerics.codebook import Coded, Fitting
 from onnxcompress.numerics.feedback import InputMoments, output_error
 from onnxcompress.numerics.vector_codebook import VectorCoded
+from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
@@ -123,18 +124,12 @@ def fit_all(
 
 def _batches(weights: Sequence[Weight], options: ShareOptions) -> Iterator[list[Weight]]:
     """Weights in groups whose second moments fit into memory together."""
-    batch: list[Weight] = []
-    used = 0
-    for weight in weights:
-        wanted = len(weight.requests) if options.assign is Assign.FEEDBACK else 0
-        more = 8 * weight.layout.columns**2 * wanted
-        if batch and used + more > _BATCH_BYTES:
-            yield batch
-            batch, used = [], 0
-        batch.append(weight)
-        used += more
-    if batch:
-        yield batch
+    measured = options.assign is Assign.FEEDBACK
+    return batches_within(
+        weights,
+        lambda w: 8 * w.layout.columns**2 * len(w.requests) if measured else 0,
+        _BATCH_BYTES,
+    )
 
 
 def _measure(model: ir.Model, batch: Sequence[Weight], ctx: PassContext) -> Statistics | None:

@@ -13,6 +13,7 @@ from onnxcompress.calibration.statistics import AxisUnfold, MomentsRequest, Mome
 from onnxcompress.context import PassContext
 from onnxcompress.numerics.least_squares import approximated
 from onnxcompress.numerics.low_rank import Metric, Spectrum
+from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.prune.score import row_limit
 from onnxcompress.passes.svd.sites import Kind, Site
 
@@ -51,18 +52,12 @@ def request_of(site: Site) -> MomentsRequest:
 
 def batches(sites: Sequence[Site]) -> Iterator[list[Site]]:
     """Sites whose moments fit into memory together."""
-    batch: list[Site] = []
-    used = 0
-    for site in sites:
+
+    def size_bytes(site: Site) -> int:
         side = site.kernel.outputs if site.measured_at_output else site.kernel.width
-        size = 8 * side**2 * (_COPIES if len(site.kernel.forms) > 1 else 2)
-        if batch and used + size > _BYTES:
-            yield batch
-            batch, used = [], 0
-        batch.append(site)
-        used += size
-    if batch:
-        yield batch
+        return 8 * side**2 * (_COPIES if len(site.kernel.forms) > 1 else 2)
+
+    return batches_within(sites, size_bytes, _BYTES)
 
 
 def whitened(

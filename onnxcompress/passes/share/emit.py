@@ -91,7 +91,15 @@ class Emitter:
 
 def stored_size(weight: Weight, options: ShareOptions, bits: int) -> int:
     """About how many bytes of a file a codebook takes: codes, levels, scales, nodes, names."""
-    whole_bytes = options.packing is Packing.BYTES
+    return _size(weight, options, bits, whole_bytes=options.packing is Packing.BYTES)
+
+
+def code_bytes(weight: Weight, options: ShareOptions, bits: int) -> int:
+    """The same where every code takes its bits alone, as in a deflated file."""
+    return _size(weight, options, bits, whole_bytes=False)
+
+
+def _size(weight: Weight, options: ShareOptions, bits: int, *, whole_bytes: bool) -> int:
     elements, rows = math.prod(weight.layout.shape), weight.layout.row_count
     length = vector_length(weight, options)
     data = stored_bytes(elements // length, bits, whole_bytes=whole_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.numerics import codebook, vector_codebook
 from onnxcompress.numerics.codebook import Coded, Fitting
 from onnxcompress.numerics.feedback import InputMoments, output_error
+from onnxcompress.numerics.least_squares import approximated
 from onnxcompress.numerics.vector_codebook import VectorCoded
 from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
@@ -27,6 +28,8 @@ Float64 = npt.NDArray[np.float64]
 
 _BATCH_BYTES = 512 * 2**20
 """Second moments collected in one pass over the data."""
+ROUNDS = 3
+"""How often codes, scales and levels are fitted in turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,16 @@ class Fitted:
         first = (self.coded.book * self._used()).astype(np.int32)
         return first.reshape(self.weight.layout.per_row)
 
+    def stored(self) -> Array:
+        """The initializer that the codes stand for, in its own shape and type."""
+        dtype = self.weight.value.dtype
+        if self.weight.scale is None or dtype is None or isinstance(self.coded, VectorCoded):
+            return self.tensor()
+        levels = np.rint(self.coded.levels + self.weight.zero)[
+            self.coded.book[:, None], self.coded.codes
+        ]
+        return self.weight.layout.tensor(levels.astype(dtype.numpy()))
+
     def tensor(self) -> Float32:
         """The weight that the codes stand for, in its own shape."""
         return np.asarray(self.weight.layout.tensor(self.coded.decoded()), np.float32)
@@ -100,6 +113,9 @@ def fit_all(
     options: ShareOptions,
     ctx: PassContext,
     centred: frozenset[str],
+    *,
+    bits: Mapping[str, int] | None = None,
+    rounds: int = ROUNDS,
 ) -> Iterator[Fitted]:
     """Fit a codebook to each weight.
 
@@ -109,13 +125,16 @@ def fit_all(
         options: How.
         ctx: The job.
         centred: Weights whose layer has a bias that will take up the mean error, by name.
+        bits: Bits of a code by name of the weight; those of the options when None.
+        rounds: How often codes, scales and levels are fitted in turns.
     """
     with ctx.progress.task("fitting codebooks", total=len(weights)) as task:
         for batch in _batches(weights, options):
             statistics = _measure(model, batch, ctx)
             for weight in batch:
                 moments = _moments(weight, statistics, centred=weight.name in centred)
-                fitted = fit_one(weight, moments, options, code_bits(weight, options))
+                own = code_bits(weight, options) if bits is None else bits[weight.name]
+                fitted = fit_one(weight, moments, options, own, rounds=rounds)
                 if weight.name in centred and statistics is not None and fitted.fed:
                     fitted = dataclasses.replace(fitted, shift=_shift(fitted, statistics))
                 yield fitted
@@ -142,13 +161,16 @@ def _measure(model: ir.Model, batch: Sequence[Weight], ctx: PassContext) -> Stat
 def _moments(
     weight: Weight, statistics: Statistics | None, *, centred: bool
 ) -> InputMoments | None:
-    """``E[x xᵀ]`` (less that of the means if ``centred``) summed over the uses of a weight."""
+    """``E[x xᵀ]`` (less that of the means if ``centred``) summed over the uses of a weight.
+
+    Directions that few samples did not show are not free of error: the covariance is shrunk.
+    """
     if statistics is None or not weight.requests:
         return None
     total: Float64 | None = None
     for request in weight.requests:
         found = statistics[request]
-        moment = found.covariance
+        moment = np.stack([approximated(c, found.count) for c in found.covariance])
         if not centred:
             moment = moment + found.mean[:, :, None] * found.mean[:, None, :]
         total = moment if total is None else total + moment
@@ -172,6 +194,8 @@ def fit_one(
     options: ShareOptions,
     bits: int,
     target: Float32 | None = None,
+    *,
+    rounds: int = ROUNDS,
 ) -> Fitted:
     """Fit the codebook of one weight.
 
@@ -181,6 +205,7 @@ def fit_one(
         options: How.
         bits: Bits of a code.
         target: What to approximate, [R, D]; the weight itself when None.
+        rounds: How often codes, scales and levels are fitted in turns.
     """
     matrix = weight.matrix() if target is None else target
     feedback = options.assign is Assign.FEEDBACK
@@ -193,7 +218,7 @@ def fit_one(
         )
     else:
         snap = None if weight.scale is None else _integer_levels(weight)
-        fitting = Fitting(1 << bits, options.group, options.scales, feedback, snap=snap)
+        fitting = Fitting(1 << bits, options.group, options.scales, feedback, rounds, snap)
         coded = codebook.fit(matrix, moments, fitting, scale=weight.scale)
     exact = matrix.astype(np.float64)
     noise = float(coded.error(exact, moments).sum())

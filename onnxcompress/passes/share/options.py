@@ -44,7 +44,23 @@ class ShareOptions(PassOptions):
     """Options of :class:`onnxcompress.passes.share.SharePass`."""
 
     bits: int = option(
-        4, "bits per code: 2 to 8 for 4 to 256 values in a codebook", minimum=2, maximum=8
+        4,
+        "bits per code, on average over the model's weights: 2 to 8 for 4 to 256 values in a "
+        "codebook",
+        minimum=2,
+        maximum=8,
+    )
+    mixed: bool = option(
+        True,
+        "give weights whose errors hurt the model's outputs most more bits, and others one bit "
+        "less; false: all have the same (codebook=scalar with assign=feedback)",
+    )
+    margin: float = option(
+        0.15,
+        "bytes that codes may take beyond those of 'bits', as a fraction, while the outputs are "
+        "expected to have less than 50 dB (with mixed=true)",
+        minimum=0.0,
+        maximum=1.0,
     )
     merge: Merge = option(
         Merge.SCALED,

@@ -30,13 +30,19 @@ from onnxcompress.calibration.statistics import CrossMomentsRequest, CrossMoment
 from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import set_initializer
 from onnxcompress.numerics.feedback import InputMoments
-from onnxcompress.numerics.least_squares import Moments, choose_ridge, regress, residual_energy
+from onnxcompress.numerics.least_squares import (
+    Moments,
+    approximated,
+    choose_ridge,
+    regress,
+    residual_energy,
+)
 from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.jobs import RIDGES
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.score import row_limit
-from onnxcompress.passes.share.fit import Fitted, code_bits, fit_one
+from onnxcompress.passes.share.fit import Fitted, fit_one
 from onnxcompress.passes.share.options import ShareOptions
 from onnxcompress.passes.share.select import Weight
 
@@ -70,6 +76,7 @@ def fit_in_steps(
     layers: Mapping[str, Consumer],
     options: ShareOptions,
     ctx: PassContext,
+    bits: Mapping[str, int],
 ) -> dict[str, Fitted]:
     """Fit codebooks and biases step by step.
 
@@ -79,6 +86,7 @@ def fit_in_steps(
         layers: Name of a weight to its layer.
         options: How.
         ctx: The job; it has calibration data.
+        bits: Bits of a code by name of the weight.
 
     Returns:
         The codebooks by name of the weight.
@@ -103,7 +111,8 @@ def fit_in_steps(
             for part in parts
         ]
         for layer in found.values():
-            fitted = _fit(model, layer, [r[layer.request] for r in results], options)
+            own = bits[layer.weight.name]
+            fitted = _fit(model, layer, [r[layer.request] for r in results], options, own)
             done[layer.weight.name] = fitted
             set_initializer(model.graph, layer.weight.name, fitted.tensor())
             if fitted.shift is not None:
@@ -162,6 +171,7 @@ def _fit(
     layer: _Layer,
     results: Sequence[CrossMomentsResult],
     options: ShareOptions,
+    bits: int,
 ) -> Fitted:
     """The codebook of a layer, and what its bias lacks."""
     consumer, weight = layer.consumer, layer.weight
@@ -174,11 +184,11 @@ def _fit(
         if not layer.stale:
             moved[g] = _moved(parts, prior[g], old[g * share : (g + 1) * share])
         total = parts[0] if len(parts) == 1 else parts[0].merge(parts[1])
-        covariances.append(total.covariance)
+        covariances.append(approximated(total.covariance, total.count))
         whole.append(total)
     rows = (moved / consumer.gain).reshape(consumer.outputs, -1)
     inputs = InputMoments.shared(np.stack(covariances), consumer.outputs)
-    fitted = fit_one(weight, inputs, options, code_bits(weight, options), rows.astype(np.float32))
+    fitted = fit_one(weight, inputs, options, bits, rows.astype(np.float32))
     stored = fitted.coded.decoded().astype(np.float64).reshape(prior.shape) * consumer.gain
     if layer.stale:
         lost = [(p - s) @ m.mean_x for m, p, s in zip(whole, prior, stored, strict=True)]

@@ -12,12 +12,14 @@ from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import ModelError
 from onnxcompress.passes._packing import NIBBLE_OPSET, bits_for, planes
+from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.share.duplicates import Merged, merge_duplicates
 from onnxcompress.passes.share.emit import Emitter, stored_size
 from onnxcompress.passes.share.filters import MergedFilters, merge_filters
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_all
+from onnxcompress.passes.share.mixing import mixed_bits, mixes
 from onnxcompress.passes.share.options import Assign, Codebook, Merge, Packing, ShareOptions
 from onnxcompress.passes.share.select import Selection, Weight, select
 from onnxcompress.passes.share.sequence import fit_in_steps
@@ -67,15 +69,21 @@ class SharePass:
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         """Share in place."""
-        ctx = ctx.at_most(_SAMPLES)
         filters = self._filters(model)
         merged = self._merged(model)
         notes = self._raised(model)
+        limited = ctx.at_most(_SAMPLES)
+        ctx = unpadded(model, limited) if self.needs else limited
+        notes += (NOTE,) if ctx is not limited else ()
         selection = self._selected(model)
         layers = {}
         if self.options.bias and self.options.assign is Assign.FEEDBACK:
             layers = _with_bias(model, selection.weights)
-        fitted = self._fitted(model, selection, layers, ctx)
+        bits = {w.name: code_bits(w, self.options) for w in selection.weights}
+        if mixes(self.options, ctx):
+            bits = mixed_bits(model, selection.weights, layers, self.options, ctx)
+            selection = _coded(selection, bits)
+        fitted = self._fitted(model, selection, layers, bits, ctx)
         whole_bytes = self.options.packing is Packing.BYTES
         emitter = Emitter(model, whole_bytes=whole_bytes)
         for one in fitted:
@@ -104,13 +112,14 @@ class SharePass:
         model: ir.Model,
         selection: Selection,
         layers: Mapping[str, Consumer],
+        bits: Mapping[str, int],
         ctx: PassContext,
     ) -> list[Fitted]:
         done: dict[str, Fitted] = {}
         if self.options.steps > 1 and layers:
-            done = fit_in_steps(model, selection.weights, layers, self.options, ctx)
+            done = fit_in_steps(model, selection.weights, layers, self.options, ctx, bits)
         rest = [w for w in selection.weights if w.name not in done]
-        found = list(fit_all(model, rest, self.options, ctx, frozenset(layers)))
+        found = list(fit_all(model, rest, self.options, ctx, frozenset(layers), bits=bits))
         for one in found:
             if one.shift is not None:
                 layer = layers[one.weight.name]
@@ -146,7 +155,8 @@ class SharePass:
         """Raise the opset where that gives 4-bit tensors, which load faster than packed bytes."""
         opset = model.opset_imports.get("") or 0
         wanted = planes(self.options.bits, whole_bytes=self.options.packing is Packing.BYTES)
-        if not self._coding or opset >= NIBBLE_OPSET or all(p.width != 4 for p in wanted):
+        halves = any(p.width == 4 for p in wanted)
+        if not self._coding or opset >= NIBBLE_OPSET or not halves:
             return ()
         return model_io.normalize(model, min_opset=NIBBLE_OPSET)
 
@@ -159,6 +169,18 @@ def _with_bias(model: ir.Model, weights: Sequence[Weight]) -> dict[str, Consumer
         for layer in Layers.of(model).consumers.values()
         if layer.weight in own and layer.bias is not None and not layer.shared
     }
+
+
+def _coded(selection: Selection, bits: Mapping[str, int]) -> Selection:
+    """Leave out the integers that keep all their bits."""
+    kept, skips = [], list(selection.skips)
+    for weight in selection.weights:
+        if weight.scale is None or bits[weight.name] < 8:
+            kept.append(weight)
+            continue
+        reason = "it keeps its 8 bits: with fewer its errors would hurt the model's outputs most"
+        skips.append(Skip(weight.name, "", reason))
+    return Selection(tuple(kept), tuple(skips))
 
 
 def _changes(fitted: Sequence[Fitted], options: ShareOptions) -> list[Change]:

@@ -12,6 +12,7 @@ from onnxcompress import model_io
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.graph.cost import ModelCost, cost_of
+from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.svd.emit import Writer, Written
 from onnxcompress.passes.svd.options import SvdOptions
@@ -65,7 +66,9 @@ class SvdPass:
             UsageError: If a name pattern matches nothing.
             PassError: If the budget that was asked for cannot be reached.
         """
-        options, ctx, notes = self._with_data(ctx)
+        options, limited, notes = self._with_data(ctx)
+        ctx = unpadded(model, limited) if options.whiten or options.recover else limited
+        notes += [NOTE] if ctx is not limited else []
         planner = Planner(model, options, ctx)
         before = cost_of(model)
         plan = planner.plan()

@@ -17,6 +17,8 @@ from onnxcompress.errors import DataError, UsageError
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass
+from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.operators import Kind
 from onnxcompress.targets import target_by_name
 from tests.builder import ModelBuilder
 from tests.fixtures import RUNNABLE, Fixture, fixture
@@ -345,3 +347,19 @@ def test_adaptive_rounding_is_reported_and_keeps_the_outputs(tmp_path: Path) -> 
     report = _run(model, tmp_path, _options(weights="adaptive"))
     assert sum("weights rounded adaptively" in change.what for change in report.changes) == 3
     assert _sqnr_db(model, reference) > 25
+
+
+def test_what_is_measured_does_not_depend_on_the_order_of_a_set(tmp_path: Path) -> None:
+    """Rows of data are drawn in the order of what is measured."""
+    orders = set()
+    for prefix in "abcd":
+        model = _normalized("residual_bn")
+        for node in model.graph:
+            node.name = f"{prefix}{node.name}"
+        data = synthetic_dataset(model, samples=2, seed=0)
+        builder = Builder(model, _options(), context(tmp_path, data))
+        kinds = (Kind.WEIGHTED, Kind.JOINING)
+        names = (n.name or "" for kind in kinds for n in builder.network.of_kind(kind))
+        builder.measure(frozenset(names))
+        orders.add(tuple(builder.measured.ranges))
+    assert len(orders) == 1

@@ -11,8 +11,8 @@ import pytest
 
 from onnxcompress import model_io
 from onnxcompress.calibration.synthetic import synthetic_dataset
-from onnxcompress.passes.quant import QuantOptions, QuantPass, quant_pass, search
-from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant import QuantOptions, QuantPass, quant_pass, race, search
+from onnxcompress.passes.quant.clock import Stopwatch, run_times
 from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.options import Mode
 from onnxcompress.passes.quant.placement import Network
@@ -55,14 +55,15 @@ def _search(
 
     kept: list[Session] = []
 
-    def fake_times(
-        sessions: Sequence[Session], feeds: Mapping[str, Array], *, seconds: float, clear: float
-    ) -> list[float]:
-        del feeds, seconds, clear
-        return [cost(built[id(s)]) for s in sessions]
+    class Fixed(Stopwatch):
+        """Every turn takes the same time."""
+
+        def turn(self, places: Sequence[int]) -> None:
+            for place in places:
+                self.times[place].append(cost(built[id(self._sessions[place])]))
 
     monkeypatch.setattr(search, "open_session", fake_open)
-    monkeypatch.setattr(search, "run_times", fake_times)
+    monkeypatch.setattr(race, "Stopwatch", Fixed)
 
     def build(choice: frozenset[str]) -> ir.Model:
         return choice  # type: ignore[return-value]
@@ -134,7 +135,6 @@ def test_a_result_slower_than_float_is_not_shipped(
     ratio: float, integer: bool, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(quant_pass, "run_times", lambda *_, **__: [ratio, 1.0])
-    monkeypatch.setattr(search, "run_times", lambda sessions, *_, **__: [1.0] * len(sessions))
     model = _model("conv_chain")
     ctx = context(tmp_path, synthetic_dataset(model, samples=8, seed=0))
     ctx = type(ctx)(

@@ -148,7 +148,8 @@ class Builder:
         Nodes at tensors that are NaN or infinite on a sample are refused by the network from then
         on: no grid of integers holds them.
         """
-        nodes = [self.network.nodes[name] for name in chosen]
+        # In graph order: a set's order differs between processes, and with it the rows drawn.
+        nodes = [node for name, node in self.network.nodes.items() if name in chosen]
         # What a moving node passes on was measured before it; what a Relu cuts off is no point.
         points = dict.fromkeys(
             value.name or ""

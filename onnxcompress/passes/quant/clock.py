@@ -28,6 +28,79 @@ def fine_clock() -> Callable[[], float]:
     return time.thread_time if fine else time.perf_counter
 
 
+class Stopwatch:
+    """Times models in turns.
+
+    Attributes:
+        clock: What measures.
+        times: Seconds of one run in each turn, by model; models that dropped out have fewer turns.
+
+    Args:
+        sessions: Models opened with one thread.
+        feeds: One run's inputs.
+    """
+
+    def __init__(self, sessions: Sequence[Session], feeds: Mapping[str, Array]) -> None:
+        self.clock = fine_clock()
+        self.times: list[list[float]] = [[] for _ in sessions]
+        self._sessions, self._feeds = sessions, feeds
+        self._counts: list[int] = []
+        self._turns = 0
+
+    @property
+    def seconds(self) -> list[float]:
+        """Time of one run of each model: the lower quartile over the turns."""
+        return [float(np.quantile(each, 0.25)) for each in self.times]
+
+    def turn(self, places: Sequence[int]) -> None:
+        """Measure some of the models once, in an order that changes."""
+        if not self._counts:
+            self._warm_up()
+        for place in places if self._turns % 2 == 0 else reversed(places):
+            self.times[place].append(self._block(place, self._counts[place]))
+        self._turns += 1
+
+    def run(
+        self, *, seconds: float, clear: float | None = None, keep: Sequence[int] = ()
+    ) -> list[int]:
+        """Measure all of them for some processor time; see :func:`run_times`.
+
+        Args:
+            seconds: About how much processor time to spend, at most.
+            clear: How many times as long as the fastest one those take that drop out.
+            keep: Places that do not drop out.
+
+        Returns:
+            The places of those that did not drop out.
+        """
+        stop = self.clock() + seconds
+        places = list(range(len(self._sessions)))
+        for turn in range(_MAX_ROUNDS):
+            late = self.clock() > stop
+            if turn >= _MIN_ROUNDS and (late or (clear is not None and len(places) < 2)):
+                break
+            self.turn(places)
+            if clear is not None and turn + 1 >= _MIN_ROUNDS:
+                near = _in_the_race(self.times, places, clear)
+                places = [place for place in places if place in near or place in keep]
+        return places
+
+    def _warm_up(self) -> None:
+        for place in range(len(self._sessions)):
+            for _ in range(_WARMUP_RUNS):
+                if self._block(place, 1) > _BLOCK_SECONDS:
+                    break
+            once = max(self._block(place, 1), 1e-7)
+            self._counts.append(max(1, int(_BLOCK_SECONDS / once)))
+
+    def _block(self, place: int, count: int) -> float:
+        session = self._sessions[place]
+        start = self.clock()
+        for _ in range(count):
+            session.run(self._feeds)
+        return (self.clock() - start) / count
+
+
 def run_times(
     sessions: Sequence[Session],
     feeds: Mapping[str, Array],
@@ -44,24 +117,9 @@ def run_times(
         clear: Measure only until one is left: a model that in three of four turns takes this many
             times as long as the fastest one, or longer, drops out. 1 only finds the fastest.
     """
-    clock = fine_clock()
-    stop = clock() + seconds
-    counts = []
-    for session in sessions:
-        for _ in range(_WARMUP_RUNS):
-            if _block(session, feeds, 1, clock) > _BLOCK_SECONDS:
-                break
-        counts.append(max(1, int(_BLOCK_SECONDS / max(_block(session, feeds, 1, clock), 1e-7))))
-    times: list[list[float]] = [[] for _ in sessions]
-    places = list(range(len(sessions)))
-    for turn in range(_MAX_ROUNDS):
-        if turn >= _MIN_ROUNDS and (clock() > stop or (clear is not None and len(places) < 2)):
-            break
-        for place in places if turn % 2 == 0 else reversed(places):
-            times[place].append(_block(sessions[place], feeds, counts[place], clock))
-        if clear is not None and turn + 1 >= _MIN_ROUNDS:
-            places = _in_the_race(times, places, clear)
-    return [float(np.quantile(each, 0.25)) for each in times]
+    watch = Stopwatch(sessions, feeds)
+    watch.run(seconds=seconds, clear=clear)
+    return watch.seconds
 
 
 def _in_the_race(
@@ -75,12 +133,3 @@ def _in_the_race(
         for place in places
         if place == lead or np.quantile(np.asarray(times[place]) / leading, 0.25) < clear
     ]
-
-
-def _block(
-    session: Session, feeds: Mapping[str, Array], count: int, clock: Callable[[], float]
-) -> float:
-    start = clock()
-    for _ in range(count):
-        session.run(feeds)
-    return (clock() - start) / count

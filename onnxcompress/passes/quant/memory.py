@@ -25,7 +25,7 @@ from onnxcompress.runtime import Array
 from onnxcompress.targets import Target, cpu_features
 
 _KIND = "placements"
-_FORM = 3
+_FORM = 4
 """Raised when what is stored, or how placements are searched, changes."""
 
 _SMALL_BYTES = 1024

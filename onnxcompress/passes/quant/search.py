@@ -8,7 +8,9 @@ quantized model and timed against the best one so far, interleaved, with one thr
 The clock alone would decide ties by chance, between models that differ by some decibels: what
 decides is the score of :mod:`onnxcompress.passes.quant.judge`, in which a decibel is worth a
 percent of time. The first layers and the last, which matter most for accuracy, so stay in float
-unless integers are clearly faster there. Only what is nearly as fast as the fastest is looked at.
+unless integers are clearly faster there. Only what is nearly as fast as the fastest is looked at,
+and what is there already stays unless another placement is better beyond the noise of the clock
+(:mod:`onnxcompress.passes.quant.race`).
 
 The search goes through one property after another, measures all its alternatives in turns and keeps
 the best, so its cost is the number of alternatives, not of combinations.
@@ -16,28 +18,28 @@ the best, so its cost is the number of alternatives, not of combinations.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.passes.quant.clock import fine_clock, run_times
+from onnxcompress.passes.quant.clock import fine_clock
 from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.operators import WEIGHT, Kind, attribute
 from onnxcompress.passes.quant.placement import Network, make_plan
+from onnxcompress.passes.quant.race import contest
 from onnxcompress.progress import Progress
 from onnxcompress.runtime import Array, Session, SessionSettings, open_session
 
-_MARGIN = 0.01
-"""A change must raise the score by this much: less is within the noise of the clock."""
+_MARGIN = 0.02
+"""A change must raise the score by this much: less is not worth a change."""
 
 _CLEAR = 1.1
 """Slower than the fastest by this factor, an alternative needs no look at its outputs: it would
 have to be 10 dB nearer to float."""
 
-_SECONDS_PER_ROUND = 0.15
+_SECONDS_EACH = 0.3
 """Most processor time to measure for each alternative."""
 
 _WIDE = 1 << 30
@@ -235,20 +237,38 @@ def search(
                 seen.add(nodes)
                 rivals.append(_Rival(candidate, build(choice), settings))
             if len(rivals) > 1:
-                left = max(seconds - (clock() - started), 0.0)
-                longest = min(_SECONDS_PER_ROUND * len(rivals), left)
-                sessions = [rival.session for rival in rivals]
-                times = run_times(sessions, feeds, seconds=longest, clear=_CLEAR)
                 timed += len(rivals) - 1
-                scores = []
-                for rival, run_time in zip(rivals, times, strict=True):
-                    near = run_time <= _CLEAR * min(times)
-                    scores.append(rival.score(run_time, rate) if near else -math.inf)
-                    progress.log(f"{run_time * 1e3:.3f} ms{rival.fidelity} {rival.candidate}")
-                scores[0] += _MARGIN
-                leader = rivals[scores.index(max(scores))]
+                left = max(seconds - (clock() - started), 0.0)
+                leader = _best(rivals, rate, feeds, left, progress)
             task.advance()
     return Found(leader.candidate, timed, clock() - started)
+
+
+def _best(
+    rivals: Sequence[_Rival],
+    rate: Rate,
+    feeds: Mapping[str, Array],
+    seconds: float,
+    progress: Progress,
+) -> _Rival:
+    """The rival with the best score; the first one unless another clearly gains."""
+    found = contest(
+        lambda place: rivals[place].open(),
+        len(rivals),
+        feeds,
+        lambda place, session: rivals[place].merit(rate, session),
+        clear=_CLEAR,
+        margin=_MARGIN,
+        seconds=min(_SECONDS_EACH * len(rivals), seconds),
+    )
+    for place, (rival, run_time) in enumerate(zip(rivals, found.seconds, strict=True)):
+        score = found.scores.get(place)
+        gain = "" if score is None else f", gains {score.value:+.3f} ± {score.error:.3f}"
+        progress.log(
+            f"{run_time * 1e3:.3f} ms{rival.fidelity}{gain} {rival.candidate}"
+            f"{', taken' if place == found.winner else ''}"
+        )
+    return rivals[found.winner]
 
 
 class _Rival:
@@ -256,8 +276,8 @@ class _Rival:
 
     def __init__(self, candidate: Candidate, model: ir.Model, settings: SessionSettings) -> None:
         self.candidate = candidate
-        self.session = open_session(model, settings)
         self._model = model
+        self._settings = settings
         self._rated: Rated | None = None
 
     @property
@@ -265,8 +285,12 @@ class _Rival:
         """What is known of its outputs, for the log."""
         return "" if self._rated is None else f", {self._rated.sqnr_db:.1f} dB"
 
-    def score(self, seconds: float, rate: Rate) -> float:
-        """Its score for a run that takes ``seconds``; its outputs are looked at once."""
+    def open(self) -> Session:
+        """A new session of it."""
+        return open_session(self._model, self._settings)
+
+    def merit(self, rate: Rate, session: Session) -> float:
+        """What counts besides its speed; its outputs are looked at once."""
         if self._rated is None:
-            self._rated = rate(self._model, self.session)
-        return self._rated.score(seconds)
+            self._rated = rate(self._model, session)
+        return self._rated.merit

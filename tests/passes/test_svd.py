@@ -18,6 +18,7 @@ from onnxcompress.graph.cost import cost_of
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.svd import Objective, SvdOptions, SvdPass
+from onnxcompress.passes.svd.planning import Planner
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import RUNNABLE, Fixture, fixture
 from tests.running import context, interface, largest_error, run_model
@@ -295,6 +296,20 @@ def test_few_samples_do_no_harm(tmp_path: Path) -> None:
     blind, _ = factorized(model, options, tmp_path)
     assert any("fewer than 10 rows" in n for n in report.notes)
     assert output_error(fitted, model, fresh) <= 1.5 * output_error(blind, model, fresh)
+
+
+def test_losses_are_predicted_for_samples_that_were_not_fitted_to(tmp_path: Path) -> None:
+    b = ModelBuilder("svd_few_rows")
+    b.output(b.gemm(b.input("x", ["batch", 64]), 64, 64))
+    model = normalized(b.build())
+    random = np.random.default_rng(3)
+    mixing = np.linalg.qr(random.normal(size=(64, 64)))[0] * 0.97 ** np.arange(64)
+    data = dataset(model, {"x": (random.normal(size=(24, 64)) @ mixing.T).astype("f4")})
+    fresh = {"x": (random.normal(size=(400, 64)) @ mixing.T).astype("f4")}
+    options = SvdOptions(params=0.7, align=1, recover=False)
+    (entry,) = Planner(model, options, context(tmp_path, data)).plan().entries
+    result, _ = factorized(model, options, tmp_path, data)
+    assert entry.loss == pytest.approx(output_error(result, model, fresh), rel=0.3)
 
 
 def test_the_plan_names_the_layers_and_changes_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ alone is replaced. :func:`onnxcompress.numerics.allocation.allocate` then spends
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,16 +134,16 @@ class Planner:
         groups = list(batches(sites))
         menus: dict[Site, tuple[Menu, Measured]] = {}
         offers: list[_Offer] = []
-        probe = self._probe()
+        ranking, probe = self._probe()
         for number, group in enumerate(groups, start=1):
             part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
             with self._ctx.progress.task(f"svd: ranking layers{part}", len(group)) as task:
-                for site, measured in self._measure(group):
+                for site, measured in self._measure(group, ranking):
                     menu = self._menu(site, measured)
                     offer = self._offer(menu, measured, probe)
                     if offer is not None:
                         offers.append(offer)
-                    if len(groups) == 1:
+                    if len(groups) == 1 and ranking is self._ctx:
                         menus[site] = (menu, measured)
                     task.advance()
         chosen = self._choose(offers)
@@ -186,11 +187,11 @@ class Planner:
             return any(fnmatch.filter(site.names, pattern) for pattern, _ in options.ranks)
         return True
 
-    def _measure(self, sites: Sequence[Site]) -> Iterator[tuple[Site, Measured]]:
+    def _measure(self, sites: Sequence[Site], ctx: PassContext) -> Iterator[tuple[Site, Measured]]:
         if not self._options.whiten:
             return ((site, plain(self._model, site)) for site in sites)
         text = "svd: second moments of inputs"
-        return whitened(self._model, sites, self._ctx, self._metrics, text)
+        return whitened(self._model, sites, ctx, self._metrics, text)
 
     def _again(
         self,
@@ -198,26 +199,38 @@ class Planner:
         menus: Mapping[Site, tuple[Menu, Measured]],
         chosen: Mapping[Site, Candidate],
     ) -> Iterator[tuple[Site, Menu, Measured]]:
-        """The chosen sites with their menus, measured once more where memory did not keep them."""
+        """The chosen sites with their menus, measured once more where those are not at hand.
+
+        They are not where memory did not keep them, or where only a part of the samples ranked.
+        """
         for group in groups:
             wanted = [s for s in group if s in chosen]
             if menus:
                 yield from ((s, *menus[s]) for s in wanted)
             elif wanted:
-                for site, measured in self._measure(wanted):
+                for site, measured in self._measure(wanted, self._ctx):
                     yield site, self._menu(site, measured), measured
 
     def _menu(self, site: Site, measured: Measured) -> Menu:
         places = Places.of(site, self._shapes)
         return Menu(site, measured.spectra, places, self._options, self._align)
 
-    def _probe(self) -> OutputProbe | None:
-        """What measures the model's output error; None where nothing is allocated or measured."""
+    def _probe(self) -> tuple[PassContext, OutputProbe | None]:
+        """The job to rank by, and what measures the model's output error.
+
+        Chains are judged on samples that they were not made from: with few rows per input they
+        seem far better on their own. No probe where nothing is allocated or measured.
+        """
         data = self._ctx.calibration
         if data is None or self._options.budget is None:
-            return None
+            return self._ctx, None
         fitting, held_out = split(data)
-        return OutputProbe(self._model, fitting if held_out is None else held_out, self._ctx)
+        if held_out is None:
+            return self._ctx, OutputProbe(self._model, fitting, self._ctx)
+        probe = OutputProbe(self._model, held_out, self._ctx)
+        if not self._options.whiten:
+            return self._ctx, probe
+        return dataclasses.replace(self._ctx, calibration=fitting), probe
 
     def _offer(self, menu: Menu, measured: Measured, probe: OutputProbe | None) -> _Offer | None:
         site, options, budget = menu.site, self._options, self._options.budget

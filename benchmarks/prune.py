@@ -47,6 +47,7 @@ SUITE: tuple[tuple[str, dict[str, object]], ...] = (
     ("cifar_resnet20", {"macs": 0.5}),
     ("cifar_resnet56", {"macs": 0.7}),
     ("cifar_resnet56", {"macs": 0.5}),
+    ("minilm_l6_v2", {"total": "*intermediate*:0.5"}),
     ("minilm_l6_v2", {"keep": "*intermediate*:0.5", "rounds": 1}),
     ("minilm_l6_v2", {"keep": "*intermediate*:0.7,*attention*:0.833", "rounds": 1}),
     ("dtln_1", {"macs": 0.8}),
@@ -184,7 +185,7 @@ def line(row: dict[str, object]) -> str:
     given = row["options"]
     budget = given if isinstance(given, dict) else {}
     text = " ".join(
-        f"{k}={v}" for k, v in budget.items() if k in {"macs", "params", "bytes", "keep"}
+        f"{k}={v}" for k, v in budget.items() if k in {"macs", "params", "bytes", "keep", "total"}
     )
     head = f"{row['model']:24s} {text:12s} {row['method']:18s}"
     figures, result = row.get("figures"), row.get("evaluation")

@@ -270,7 +270,7 @@ def test_keep_names_what_stays_exactly(tmp_path: Path) -> None:
     found, report = widths(options)
     assert found == [12, 6, 10, 4]
     reasons = {s.node: s.reason for s in report.skips}
-    assert reasons[third] == "prune.keep does not name it, and there is no budget"
+    assert reasons[third] == ("prune.keep and prune.total do not name it, and there is no budget")
     # Two patterns that fit: the larger counts. A budget treats the others.
     found, _ = widths(PruneOptions(align=1, macs=0.4, keep=("*:0", f"{first}:0.61", f"{third}:1")))
     assert found == [12, 1, 10, 4]
@@ -327,10 +327,43 @@ def test_rounds_never_give_back_what_is_gone_and_meet_the_budget(
     assert any("refitted" in c.what for c in report.changes)
 
 
+def test_total_spreads_one_count_over_all_that_match(tmp_path: Path) -> None:
+    b = ModelBuilder("three_widths")
+    y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 6, 6]), 3, 20))
+    y = b.op("Relu", b.conv(b.op("Relu", b.conv(y, 20, 12)), 12, 10))
+    b.output(b.conv(y, 10, 4))
+    model = normalized(b.build())
+    first, second, third, _ = (n.name or "" for n in model.graph if n.op_type == "Conv")
+    data = dataset(model, samples(model, 24))
+
+    def widths(**given: object) -> list[int]:
+        options = PruneOptions.parse({"align": 1, **given}, owner="prune")
+        result, _ = pruned(model, options, tmp_path, data)
+        shapes = [n.outputs[0].shape for n in result.graph if n.op_type == "Conv"]
+        return [n for s in shapes if s is not None and isinstance(n := s[1], int)]
+
+    found = widths(total=f"{first}:0.5,{second}:1,{third}:0.5")
+    assert found == [10, 12, 5, 4]
+    found = widths(total="*:0.5", plans=1)
+    assert sum(found[:3]) == 21  # of 42
+    assert found[:3] != [10, 6, 5], "spread by loss, not equally"
+    # What keep names is not counted; a budget treats what neither names.
+    found = widths(total="*:0.5", keep=f"{first}:1")
+    assert found[0] == 20
+    assert sum(found[1:3]) == 11  # of 22
+    found = widths(total=f"{first}:0.5", macs=0.5)
+    assert found[0] == 10
+    with pytest.raises(PassError, match=r"total=\*:0\.01 cannot be reached"):
+        widths(total="*:0.01")
+    with pytest.raises(UsageError, match="'nowhere' of the pass 'prune' matches nothing"):
+        widths(total="nowhere:0.5")
+
+
 def test_a_budget_takes_one_round_and_fixed_shares_as_many_as_they_need() -> None:
     assert [PruneOptions(macs=k).steps for k in (0.95, 0.5, 0.2)] == [1, 1, 1]
     assert PruneOptions(params=0.2, rounds=3).steps == 3
     assert [PruneOptions(keep=(f"*:{k}",)).steps for k in (0.9, 0.5)] == [1, 3]
+    assert PruneOptions(total=("*:0.2",)).steps == 1
 
 
 def test_several_rounds_repair_what_one_round_cannot(tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ class PruneOptions(PassOptions):
         "Fractions that stay exactly, outside of any budget, as PATTERN:FRACTION of a node or "
         "weight that makes the channels (*intermediate*:0.5).",
     )
+    total: tuple[str, ...] = option(
+        (),
+        "Fractions that stay of all channels that match together, spread over them by measured "
+        "loss, outside of any other budget; PATTERN:FRACTION (*intermediate*:0.5).",
+    )
     ridge: float = option(
         0.0,
         "Pull towards the original weights, relative to the mean variance of a layer's inputs; 0 "
@@ -175,7 +180,7 @@ class PruneOptions(PassOptions):
 
     @property
     def budget(self) -> Budget | None:
-        """The one budget that is set, else the default, but none beside ``keep``.
+        """The one budget that is set, else the default, but none beside ``keep`` or ``total``.
 
         A latency is planned for in MACs.
         """
@@ -185,12 +190,12 @@ class PruneOptions(PassOptions):
             kept = getattr(self, measure.value)
             if kept is not None:
                 return Budget(measure, kept)
-        return None if self.keep else Budget(Measure.MACS, DEFAULT_KEPT)
+        return None if self.keep or self.total else Budget(Measure.MACS, DEFAULT_KEPT)
 
     @property
     def steps(self) -> int:
         """The number of rounds: as given; else one, or as many as ``keep`` needs."""
-        if self.rounds or self.budget is not None:
+        if self.rounds or self.budget is not None or not self.keep:
             return self.rounds or 1
         least = min(limit.kept for limit in self.parsed_keep)
         return max(1, math.ceil((1 - least) / ROUND_SHARE - 1e-9))
@@ -198,7 +203,8 @@ class PruneOptions(PassOptions):
     @property
     def compares_plans(self) -> bool:
         """Whether there is a budget that can be spent in several ways, and they can be compared."""
-        return self.recover and self.budget is not None and self.latency is None
+        spread = self.budget is not None or bool(self.total)
+        return self.recover and spread and self.latency is None
 
     @property
     def parsed_limits(self) -> tuple[Limit, ...]:
@@ -210,6 +216,17 @@ class PruneOptions(PassOptions):
         """The entries of ``keep``; valid once :meth:`validate` has passed."""
         return _parsed(self.keep)
 
+    @property
+    def parsed_total(self) -> tuple[Limit, ...]:
+        """The entries of ``total``; valid once :meth:`validate` has passed."""
+        return _parsed(self.total)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All name patterns; each must fit something."""
+        limits = (*self.parsed_limits, *self.parsed_keep, *self.parsed_total)
+        return (*self.include, *self.exclude, *(limit.pattern for limit in limits))
+
     def validate(self, owner: str) -> None:
         """Check the bounds, and that no more than one budget is set.
 
@@ -217,7 +234,7 @@ class PruneOptions(PassOptions):
             UsageError: If an option is out of its bounds or two budgets are set.
         """
         PassOptions.validate(self, owner)
-        for name in ("limits", "keep"):
+        for name in ("limits", "keep", "total"):
             for entry in getattr(self, name):
                 _check_limit(f"{owner}.{name}", entry)
         names = [*(m.value for m in Measure), "latency"]

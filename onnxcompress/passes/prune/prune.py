@@ -26,13 +26,14 @@ from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
 from onnxcompress.passes.prune.contest import distinct, varied, winner
 from onnxcompress.passes.prune.jobs import Refit, refitted
+from onnxcompress.passes.prune.named import noun
 from onnxcompress.passes.prune.options import Importance, Measure, PruneOptions
 from onnxcompress.passes.prune.recover import Recovery, recover
 from onnxcompress.passes.prune.score import (
     Ranking,
 )
 from onnxcompress.passes.prune.states import state_notes
-from onnxcompress.passes.prune.work import Work, noun
+from onnxcompress.passes.prune.work import Work
 
 Indices = npt.NDArray[np.int64]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -12,13 +11,14 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.padding import without_padding
 from onnxcompress.context import PassContext
-from onnxcompress.errors import PassError, UsageError
+from onnxcompress.errors import PassError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.prune.budget import Ledger, remaining
 from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.latency import Clock, plan_in_time
+from onnxcompress.passes.prune.named import filtered, fixed, names_of, noun, totals_of, width_of
 from onnxcompress.passes.prune.options import Budget, Importance, Measure, PruneOptions
 from onnxcompress.passes.prune.ranking import rank_with_data
 from onnxcompress.passes.prune.recover import Recovery
@@ -53,8 +53,9 @@ class Work:
             self.notes.append("Statistics leave out the padding that a mask input marks.")
         self._nodes = {n.name or "": n for n in model.graph.all_nodes()}
         self.layers = Layers.of(model)
-        self.groups, self._excluded = _filtered(coupling.groups, options)
-        self._kept = _fixed(self.groups, options)
+        self.groups, self._excluded = filtered(coupling.groups, options)
+        self._kept = fixed(self.groups, options)
+        self._totals = totals_of(self.groups, options.parsed_total, self._kept)
 
     def op_type(self, node: str) -> str:
         """Operator of a node; "" for an initializer."""
@@ -70,17 +71,21 @@ class Work:
         """
         options = self.options
         align = options.align or self.ctx.target.channel_alignment
-        step = unit_step(group.size, _width(group), align, strict=options.align > 0)
+        step = unit_step(group.size, width_of(group), align, strict=options.align > 0)
         kept = self._kept.get(group.index)
         if kept is not None:
             every = allowed_counts(group.size, step, 0.0)
             wanted = (1 - kept) * group.size * part
             nearest = min(every, key=lambda n: (abs(n - wanted), n))
             return (0, nearest) if nearest else (0,)
-        if options.budget is None:
+        if options.budget is None and not self._in_total(group):
             return (0,)
-        limits = [limit.kept for limit in options.parsed_limits if limit.matches(_names(group))]
+        limits = [limit.kept for limit in options.parsed_limits if limit.matches(names_of(group))]
         return allowed_counts(group.size, step, max(limits, default=options.min_kept))
+
+    def _in_total(self, group: Group) -> bool:
+        """Whether ``prune.total`` names the group."""
+        return any(group in total.groups for total in self._totals)
 
     def rank(self, removed: Mapping[int, Indices]) -> list[Ranking]:
         """The order of removal of all groups that can lose units at all, after ``removed``."""
@@ -160,11 +165,13 @@ class Work:
         for ranking in rankings:
             gone = len(removed.get(ranking.group.index, ()))
             open_ = tuple(n for n in self.counts(ranking.group, part) if n > gone)
-            fixed = open_ and ranking.group.index in self._kept
-            counts = open_ if fixed else (gone, *open_)
+            named = open_ and ranking.group.index in self._kept
+            counts = open_ if named else (gone, *open_)
             # Measurements of two sizes may say otherwise, but more removals never cost less.
             losses = tuple(np.maximum.accumulate(ranking.losses)[list(counts)].tolist())
             curves.append(Curve(ranking.group.index, counts, losses))
+        for total in self._totals:
+            curves = total.settled(curves, part)
 
         def plan_for(share: float) -> dict[int, Indices]:
             return taken(allocate(curves, lambda counts: left(taken(counts)), share, exchange=True))
@@ -253,8 +260,8 @@ class Work:
                 )
                 if group.index in self._kept:
                     reason = f"prune.keep leaves all of its {group.size} {noun(group)}"
-                elif self.options.budget is None:
-                    reason = "prune.keep does not name it, and there is no budget"
+                elif self.options.budget is None and not self._in_total(group):
+                    reason = "prune.keep and prune.total do not name it, and there is no budget"
                 skips.append(Skip(group.name, self.op_type(group.name), reason))
         return tuple(skips)
 
@@ -288,59 +295,3 @@ def _unpadded(model: ir.Model, ctx: PassContext) -> PassContext:
         lambda: open_session(model, ctx.session, work_dir=ctx.work_dir).run,
     )
     return ctx if cut is None else dataclasses.replace(ctx, calibration=cut)
-
-
-def _width(group: Group) -> int:
-    """Channels per unit, where the units are made."""
-    places = group.sources or group.sinks
-    return int(places[0].positions.shape[1]) if places else 1
-
-
-def noun(group: Group) -> str:
-    """What the units of a group are called in reports."""
-    width = _width(group)
-    return "channels" if width == 1 else f"blocks of {width} channels"
-
-
-def _names(group: Group) -> set[str]:
-    """What a name pattern can match: the layers that make the units, and their weights."""
-    made = {(s.weight, s.weight_axis) for s in group.sources}
-    cuts = {c.initializer for c in group.cuts if (c.initializer, c.axis) in made}
-    return {group.name, *(s.node for s in group.sources), *cuts}
-
-
-def _filtered(groups: Sequence[Group], options: PruneOptions) -> tuple[list[Group], list[Group]]:
-    """Groups that the name patterns let through, and the others.
-
-    Raises:
-        UsageError: If a pattern matches nothing.
-    """
-    matched = {
-        pattern: {g.index for g in groups if fnmatch.filter(_names(g), pattern)}
-        for pattern in (
-            *options.include,
-            *options.exclude,
-            *(limit.pattern for limit in (*options.parsed_limits, *options.parsed_keep)),
-        )
-    }
-    for pattern, found in matched.items():
-        if not found:
-            raise UsageError(
-                f"the pattern '{pattern}' of the pass 'prune' matches nothing that can be pruned",
-                hint="Use --dry-run to see the groups and their names.",
-            )
-    wanted = {i for p in options.include for i in matched[p]}
-    unwanted = {i for p in options.exclude for i in matched[p]}
-    keep = [
-        g for g in groups if g.index not in unwanted and (not options.include or g.index in wanted)
-    ]
-    return keep, [g for g in groups if g not in keep]
-
-
-def _fixed(groups: Sequence[Group], options: PruneOptions) -> dict[int, float]:
-    """Group to the fraction of it that ``prune.keep`` says stays; of several the largest."""
-    named = {
-        g.index: [limit.kept for limit in options.parsed_keep if limit.matches(_names(g))]
-        for g in groups
-    }
-    return {index: max(kept) for index, kept in named.items() if kept}

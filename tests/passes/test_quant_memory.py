@@ -13,7 +13,7 @@ from onnxcompress import model_io
 from onnxcompress.cache import VARIABLE
 from onnxcompress.calibration.synthetic import synthetic_dataset
 from onnxcompress.passes.base import PassReport
-from onnxcompress.passes.quant import QuantOptions, QuantPass, memory, quant_pass
+from onnxcompress.passes.quant import QuantOptions, QuantPass, by_clock, memory
 from onnxcompress.passes.quant.search import Candidate, Found
 from onnxcompress.targets import detect_target
 from tests.fixtures import fixture
@@ -24,7 +24,7 @@ from tests.running import context
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, and a clock that finds everything equally fast."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(quant_pass, "run_times", lambda *_, **__: [2.0, 1.0])
+    monkeypatch.setattr(by_clock, "run_times", lambda *_, **__: [2.0, 1.0])
     return tmp_path / "cache"
 
 

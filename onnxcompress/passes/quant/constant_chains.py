@@ -8,6 +8,7 @@ computed once and its result stored in its place, unless that would make the mod
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
 
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.constants import is_constant, set_initializer, stored_tensor
@@ -129,3 +130,12 @@ def _chain(value: ir.Value) -> list[ir.Node]:
         return True
 
     return list(found) if visit(value) else []
+
+
+def drop_unread(model: ir.Model) -> None:
+    """Remove nodes and initializers that nothing reads, in subgraphs too."""
+    common_passes.RemoveUnusedNodesPass()(model)
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+                del graph.initializers[name]

@@ -10,7 +10,7 @@ products is built as well, and the better one by clock, fidelity and size is tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -24,13 +24,15 @@ from onnxcompress.numerics.affine import weight_grid
 from onnxcompress.passes.base import Change, PassReport, Skip
 from onnxcompress.passes.quant.aim import Aim, find_aim
 from onnxcompress.passes.quant.budget import Budget
-from onnxcompress.passes.quant.constant_chains import fold_weight_chains
+from onnxcompress.passes.quant.constant_chains import drop_unread, fold_weight_chains
+from onnxcompress.passes.quant.dynamic_plan import Refuse, supported, unsupported
 from onnxcompress.passes.quant.dynamic_rules import RULES, Form, element_count, forms_of
 from onnxcompress.passes.quant.dynamic_search import Item, Search, find_items, start
-from onnxcompress.passes.quant.dynamic_write import drop_unread, write_forms
+from onnxcompress.passes.quant.dynamic_write import write_forms
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.judge import Judge
 from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.passes.quant.static import NOT_FASTER, Static, StaticRun
 from onnxcompress.runtime import open_session
 from onnxcompress.search.goals import MARGIN_DB
 from onnxcompress.targets import detect_target
@@ -55,72 +57,6 @@ _BATCH_NOTE = (
 
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 
-NOT_FASTER = "Integers make this model smaller but not faster here"
-"""How the note of a static result that brings no speed begins."""
-
-Refuse = Callable[[ir.Node], str | None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Static:
-    """What static quantization made of a model.
-
-    Attributes:
-        report: Its report.
-        nodes: The nodes that run on integers.
-        draft: Makes the same model with some of these nodes in float, scales and weights of the
-            others as they are.
-        again: Quantizes a copy of the model, in place, with some of these nodes in float, the
-            others where they are.
-        left_in_float: Whether the last note of the report says that nothing could be done.
-    """
-
-    report: PassReport
-    nodes: frozenset[str]
-    draft: Callable[[frozenset[str]], ir.Model] | None = None
-    again: StaticRun | None = None
-    left_in_float: bool = False
-
-
-StaticRun = Callable[[ir.Model, frozenset[str]], Static]
-"""Quantizes a model in place, leaving the given nodes in float."""
-
-
-def plan_dynamic(
-    model: ir.Model, ctx: PassContext, refuse: Refuse, static: PassReport | None = None
-) -> PassReport:
-    """Say which nodes have a dynamic form, beside those of a static plan.
-
-    Args:
-        model: The model; it is not changed.
-        ctx: The job.
-        refuse: Gives a reason to leave a node alone, or None.
-        static: What static quantization would do.
-    """
-    if not _supported(ctx):
-        return static or _unsupported(model, ctx)
-    probe = model_io.clone(model)
-    fold_weight_chains(probe)
-    items, reasons = find_items(probe, refuse, convolutions=static is None)
-    planned = () if static is None else static.changes
-    taken = {change.node for change in planned}
-    dynamic = tuple(
-        Change(item.name, item.op_type, f"may become {form.value}", 3 * item.elements)
-        for item in items
-        for form in [item.forms[0] if item.forms else Form.STORED]
-        if item.name not in taken
-    )
-    taken |= {change.node for change in dynamic}
-    types = {node.name: node.op_type for node in probe.graph.all_nodes()}
-    skips = {skip.node: skip for skip in (() if static is None else static.skips)}
-    for name, reason in reasons.items():
-        skips.setdefault(name, Skip(name, types[name], reason))
-    return PassReport(
-        changes=(*planned, *dynamic),
-        skips=tuple(skip for name, skip in skips.items() if name not in taken),
-        figures={"candidate_nodes": len(taken)},
-    )
-
 
 def add_dynamic(
     model: ir.Model,
@@ -143,29 +79,11 @@ def add_dynamic(
     Raises:
         DataError: If ``static`` needs calibration data and there is none.
     """
-    if not _supported(ctx):
+    if not supported(ctx):
         if static is not None:
             return static(model, frozenset()).report
-        return _unsupported(model, ctx)
+        return unsupported(model, ctx)
     return _Run(model, ctx, options, refuse, static, budget).report()
-
-
-def _supported(ctx: PassContext) -> bool:
-    cpu = ctx.session.providers == ("CPUExecutionProvider",)
-    return cpu and ctx.target.name != "cuda"
-
-
-def _unsupported(model: ir.Model, ctx: PassContext) -> PassReport:
-    reason = f"its dynamic kernels run on CPUs only; the target is {ctx.target.name}"
-    return PassReport(
-        skips=tuple(
-            Skip(node.name or "", node.op_type, reason)
-            for node in model.graph.all_nodes()
-            if node.op_type in RULES and node.domain == ""
-        ),
-        figures={"integer_nodes": 0},
-        notes=("Dynamic quantization is for CPUs; use quant.mode=static here.",),
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 
 from onnxcompress.graph.constants import Array, constant_of, set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics import blockwise
 from onnxcompress.numerics.affine import Affine, Grid, quantize, weight_affine
 from onnxcompress.passes._layout import Layout, row_axes
+from onnxcompress.passes.quant.constant_chains import drop_unread
 from onnxcompress.passes.quant.dynamic_rules import (
     FloatMatrix,
     Form,
@@ -74,15 +74,6 @@ def write_forms(
     drop_unread(model)
     model.graph.sort()
     return frozenset(done)
-
-
-def drop_unread(model: ir.Model) -> None:
-    """Remove nodes and initializers that nothing reads, in subgraphs too."""
-    common_passes.RemoveUnusedNodesPass()(model)
-    for graph in model.graphs():
-        for name, value in list(graph.initializers.items()):
-            if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
-                del graph.initializers[name]
 
 
 class _Writer:

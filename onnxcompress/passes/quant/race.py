@@ -16,10 +16,10 @@ is open. So what is not clearly slower in a first heat runs another one in new s
 the mean of both, and half their difference counts as error.
 
 A clock alone decides near ties by chance. So the first model keeps its place unless another one
-gains clearly: more than a margin, and more than two and a half times the error. Turns go on as long
-as a comparison is open. Among those that gain clearly the best one wins, and of what the clock
-cannot tell apart the one with the greater merit, which is not measured in time and does not
-scatter.
+gains more than a margin, and that clearly: more than two and a half times the error, or with a
+merit that is greater by 0.01 at least, which is not measured in time and does not scatter. Turns go
+on as long as a comparison is open. The best one wins, and of what the clock cannot tell apart from
+it the one with the greatest merit.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ _Z_EARLY = 3.0
 _SESSION_ERROR = 0.005
 _MOST_TIED = 0.03
 """Further behind the best one no noise makes a tie."""
+
+_SOME_MERIT = 0.01
+"""A model of more merit wins without being clear of the noise: what does not scatter decides."""
 
 _SHARE_TO_DROP = 0.25
 """Share of the time to find the models that are clearly slower."""
@@ -209,7 +212,12 @@ def _decided(
     scores: Mapping[int, Gain], merits: Mapping[int, float], first: int, margin: float
 ) -> int:
     """The winner among those that clearly gain over ``first``; ``first`` if none does."""
-    clear = [s.value for s in scores.values() if s.value > max(margin, _Z * s.error)]
+    clear = [
+        score.value
+        for place, score in scores.items()
+        if score.value > margin
+        and (score.value > _Z * score.error or merits[place] - merits[first] >= _SOME_MERIT)
+    ]
     if not clear:
         return first
     best = max(clear)

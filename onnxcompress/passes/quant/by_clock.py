@@ -1,0 +1,204 @@
+"""What the clock decides of a static quantization: the placement, and that it is not slower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from onnxcompress.context import PassContext
+from onnxcompress.passes.quant.budget import Budget
+from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.clock import run_times
+from onnxcompress.passes.quant.judge import Judge
+from onnxcompress.passes.quant.ledger import Ledger
+from onnxcompress.passes.quant.memory import placement_key, recall, remember
+from onnxcompress.passes.quant.mixed import Mixed, Mixer
+from onnxcompress.passes.quant.options import Activations, Objective, QuantOptions
+from onnxcompress.passes.quant.regions import repair
+from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
+from onnxcompress.passes.quant.static import NOT_FASTER
+from onnxcompress.runtime import Array, SessionSettings, open_session
+from onnxcompress.targets import detect_target
+
+_LOSES = 0.98
+"""Below this speed against float the integer model is not shipped (objective=latency)."""
+
+_GAINS = 1.02
+"""Below this speed against float the report says that integers bring no speed-up."""
+
+_REPAIRS = 3
+"""How often parts of a result that is slower than float are put back to float."""
+
+_PLACEMENT_SHARE = 0.6
+"""Most of the time for searching that placements may take; the rest is for what comes after."""
+
+_PLACEMENT_SAMPLES = 16
+"""Samples on which the outputs of placements are compared with float."""
+
+_FINAL_SECONDS = 1.5
+"""Time to compare the result with float."""
+
+
+class ByClock:
+    """Times versions of one model.
+
+    Args:
+        builder: Makes models.
+        mixer: Calibrates them anew; None while placements are looked for.
+        options: How to quantize.
+        ctx: The job; times are taken on its samples as they are.
+        statistics: The job with what statistics leave out cut off.
+        base: The float model.
+        budget: The time for searching.
+        ledger: Takes what is to be reported.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        mixer: Mixer,
+        options: QuantOptions,
+        ctx: PassContext,
+        statistics: PassContext,
+        base: ir.Model,
+        budget: Budget,
+        ledger: Ledger,
+    ) -> None:
+        self._builder = builder
+        self._mixer = mixer
+        self._options = options
+        self._ctx = ctx
+        self._statistics = statistics
+        self._float = base
+        self._budget = budget
+        self._ledger = ledger
+
+    def runs_here(self) -> bool:
+        """Whether onnxruntime on this machine's CPU shows what the target would do."""
+        return self._ctx.session.providers == ("CPUExecutionProvider",) and self._ctx.target.on_cpu
+
+    def placed(self, allowed: frozenset[str]) -> frozenset[str]:
+        """The fastest placement; all of ``allowed`` where the clock has no say."""
+        wide = self._options.activations is Activations.INT16
+        if self._options.objective is Objective.SIZE or wide:
+            return chosen_by(self._builder.network, allowed, Candidate(pools=True))
+        candidate = default_candidate(self._builder.network, allowed)
+        same_machine = self._ctx.target == detect_target()
+        if not (self.runs_here() and same_machine) or self._ctx.calibration is None:
+            self._ledger.notes.append(
+                f"The placement was not timed: the target {self._ctx.target.name} is not the "
+                "CPU of this machine."
+            )
+        elif self._options.search_seconds > 0:
+            candidate = self._fastest(allowed, self._ctx.calibration.first())
+        chosen = chosen_by(self._builder.network, allowed, candidate)
+        self._ledger.figures["placement"] = str(candidate)
+        self._ledger.reject(
+            self._builder.network, allowed - chosen, "in float the model is faster by the clock"
+        )
+        return chosen
+
+    def _fastest(self, allowed: frozenset[str], feeds: Mapping[str, Array]) -> Candidate:
+        """The fastest placement, timed here or remembered from a search for the same model."""
+        key = placement_key(self._builder.model, allowed, feeds, self._ctx.target, self._options)
+        known = recall(key) if self._options.cache else None
+        if known is not None:
+            self._ledger.notes.append(
+                f"The placement was found before, on this kind of machine: {known.timed} were "
+                f"timed in {known.seconds:.1f} s then (quant.cache=false searches again)."
+            )
+            self._ledger.figures |= {"placements_timed": 0, "search_seconds": 0.0}
+            return known.candidate
+        assert self._statistics.calibration is not None  # noqa: S101 - there are feeds
+        draft = self._builder.draft(allowed)
+        judge = Judge(self._float, self._statistics.calibration, count=_PLACEMENT_SAMPLES)
+        with self._budget.spend(_PLACEMENT_SHARE) as seconds:
+            found = search(
+                self._builder.network,
+                allowed,
+                lambda chosen: self._builder.part_of(draft, chosen),
+                judge.rate,
+                feeds,
+                seconds=seconds,
+                progress=self._ctx.progress,
+            )
+        if self._options.cache and not remember(key, found):
+            self._ctx.progress.log("the placement found could not be cached")
+        self._ledger.figures |= {
+            "placements_timed": found.timed,
+            "search_seconds": round(found.seconds, 1),
+        }
+        return found.candidate
+
+    def _reject(self, names: frozenset[str]) -> None:
+        network, why = self._builder.network, "in float the model is faster by the clock"
+        self._ledger.reject(network, names, why)
+
+    def _timed(self) -> bool:
+        """Whether a result that is slower than float is not wanted, and the clock can tell."""
+        return (
+            self._options.objective is Objective.LATENCY
+            and self._options.activations is Activations.INT8
+            and self.runs_here()
+            and self._ctx.target == detect_target()
+            and self._ctx.calibration is not None
+        )
+
+    def not_slower(self, mixed: Mixed) -> Mixed | None:
+        """Time the result against float; parts that are slower go back to float."""
+        if not self._timed():
+            return mixed
+        ratio = self._speed_ratio(mixed)
+        for _ in range(_REPAIRS):
+            if ratio >= _LOSES:
+                break
+            fewer = self._without_slow_parts(mixed)
+            if fewer is None:
+                break
+            mixed, ratio = fewer
+        self._ledger.figures["speed_ratio"] = round(ratio, 3)
+        if _LOSES <= ratio < _GAINS:
+            self._ledger.notes.append(
+                f"{NOT_FASTER} ({ratio:.2f}x the speed of float with one thread)."
+            )
+        return mixed if ratio >= _LOSES else None
+
+    def _speed_ratio(self, mixed: Mixed) -> float:
+        """Time of float over time of the result, one thread, one sample."""
+        assert self._ctx.calibration is not None  # noqa: S101 - _timed() looked
+        settings = SessionSettings(threads=1)
+        quantized = self._builder.model_of(mixed.built)
+        sessions = [open_session(self._float, settings), open_session(quantized, settings)]
+        feeds = self._ctx.calibration.first()
+        for patience in (1, 3):  # a verdict against integers is heard twice, the second time longer
+            times = run_times(sessions, feeds, seconds=_FINAL_SECONDS * patience, clear=1.0)
+            if times[0] / times[1] >= _LOSES:
+                break
+        return times[0] / times[1]
+
+    def _without_slow_parts(self, mixed: Mixed) -> tuple[Mixed, float] | None:
+        """The result with slow parts in float, and its speed; None where no part is fast enough."""
+        assert self._ctx.calibration is not None  # noqa: S101 - _timed() looked
+        with self._budget.spend() as seconds:
+            found = repair(
+                self._builder.network,
+                mixed.chosen,
+                lambda chosen: self._builder.part_of(mixed.built, chosen),
+                self._ctx.calibration.first(),
+                seconds=seconds,
+                progress=self._ctx.progress,
+            )
+        if "search_seconds" in self._ledger.figures:
+            self._ledger.figures["search_seconds"] = round(self._budget.spent, 1)
+        timed = int(self._ledger.figures.get("regions_timed", 0))
+        self._ledger.figures["regions_timed"] = timed + found.timed
+        fewer = self._mixer.rebuilt(mixed, found.chosen)
+        if fewer is None:
+            return None
+        self._ledger.reject(
+            self._builder.network,
+            mixed.chosen - found.chosen,
+            "in float the model is faster by the clock",
+        )
+        return fewer, self._speed_ratio(fewer)

@@ -15,7 +15,9 @@ Source: Dantzig 1957, "Discrete-variable extremum problems" (the order by ratio)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 Lifted = Mapping[str, int]
 """Node to the number of its tier; nodes that are not in it stay low."""
@@ -28,6 +30,23 @@ Completed = Callable[[Lifted], Lifted]
 
 _FREE = 1e-12
 """Share of the cost of all lifts below which a lift counts as free."""
+
+
+_LOOKED_AT = 24
+"""Nodes whose gain per cost is computed anew at each step: those for which it was greatest last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cheapest:
+    """What the search ended with.
+
+    Attributes:
+        lifted: The completed set; empty when nothing needs lifting.
+        untried: Nodes in it that were not tried lower although that would be cheaper.
+    """
+
+    lifted: dict[str, int]
+    untried: int = 0
 
 
 def order_by_gain(
@@ -46,12 +65,14 @@ def order_by_gain(
     free = _FREE * max(cost(dict.fromkeys(gains, tier)), 1e-300)
     order: list[str] = []
     spent = cost(taken)
+    ratios = dict.fromkeys(left, math.inf)
     while left:
         best, best_key = "", (-1.0, "")
-        for node in sorted(left):
+        last = sorted(left, key=lambda node: (-ratios[node], node))
+        for node in sorted(last[: _LOOKED_AT if order else None]):
             with_it = completed({**taken, node: tier})
             gain = sum(left.get(n, 0.0) for n in with_it if n not in taken)
-            ratio = gain / max(cost(with_it) - spent, free)
+            ratio = ratios[node] = gain / max(cost(with_it) - spent, free)
             if ratio > best_key[0]:
                 best, best_key = node, (ratio, node)
         taken = completed({**taken, best: tier})
@@ -69,7 +90,8 @@ def cheapest(
     tiers: int,
     trims: int,
     completed: Completed = dict,
-) -> dict[str, int] | None:
+    looks: int | None = None,
+) -> Cheapest | None:
     """A cheap set of lifts with which the model is good enough.
 
     Args:
@@ -80,10 +102,11 @@ def cheapest(
         tiers: Number of tiers.
         trims: Most measurements to make the set cheaper.
         completed: Adds the nodes that fall with others.
+        looks: Most measurements in all, but for the first of each tier: the best set so far is
+            what is returned then. None for no such limit.
 
     Returns:
-        The completed set, empty when nothing needs lifting; None when in no tier all nodes
-        suffice.
+        None when in no tier all nodes suffice.
     """
     known: dict[tuple[tuple[str, int], ...], bool] = {}
 
@@ -93,19 +116,24 @@ def cheapest(
             known[key] = holds(lifted)
         return known[key]
 
+    def more() -> bool:
+        return looks is None or len(known) < looks
+
     if asked({}):
-        return {}
-    prefixes = [_prefix(gains, tier, asked, cost, completed) for tier in range(tiers)]
+        return Cheapest({})
+    prefixes = [_prefix(gains, tier, asked, more, cost, completed) for tier in range(tiers)]
     found = [lifted for lifted in prefixes if lifted is not None]
     if not found:
         return None
-    return _trimmed(min(found, key=cost), asked, cost, completed, tiers=tiers, trims=trims)
+    best = min(found, key=cost)
+    return _trimmed(best, asked, more, cost, completed, tiers=tiers, trims=trims)
 
 
 def _prefix(
     gains: Mapping[str, float],
     tier: int,
     holds: Callable[[Lifted], bool],
+    more: Callable[[], bool],
     cost: Cost,
     completed: Completed,
 ) -> Lifted | None:
@@ -114,7 +142,7 @@ def _prefix(
         return None
     order = order_by_gain(gains, tier, cost, completed)
     low, high = 0, len(order)  # `low` nodes do not suffice, `high` do
-    while high - low > 1:
+    while high - low > 1 and more():
         middle = (low + high) // 2
         if holds(completed(dict.fromkeys(order[:middle], tier))):
             high = middle
@@ -126,16 +154,17 @@ def _prefix(
 def _trimmed(
     lifted: Lifted,
     holds: Callable[[Lifted], bool],
+    more: Callable[[], bool],
     cost: Cost,
     completed: Completed,
     *,
     tiers: int,
     trims: int,
-) -> dict[str, int]:
+) -> Cheapest:
     """Put nodes back, or into another tier, where the rest suffices; what saves most first."""
     kept = dict(lifted)
     refused: set[tuple[str, int | None]] = set()
-    while trims > 0:
+    while True:
         spent = cost(kept)
         trials = []
         for node, tier in sorted(kept.items()):
@@ -146,12 +175,11 @@ def _trimmed(
                 trial = completed(rest if other is None else {**rest, node: other})
                 if trial and cost(trial) < spent:
                     trials.append((cost(trial), node, other, dict(trial)))
-        if not trials:
-            break
+        if not trials or trims <= 0 or not more():
+            return Cheapest(kept, len({node for _, node, _, _ in trials}))
         _, node, other, trial = min(trials, key=lambda each: (each[0], each[1]))
         trims -= 1
         if holds(trial):
             kept = trial
         else:
             refused.add((node, other))
-    return kept

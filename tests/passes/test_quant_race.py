@@ -9,7 +9,7 @@ import pytest
 
 from onnxcompress.passes.quant import race
 from onnxcompress.passes.quant.clock import Stopwatch
-from onnxcompress.passes.quant.race import Race
+from onnxcompress.passes.quant.race import Merit, Race
 from onnxcompress.runtime import Array, Session
 
 SEEDS = range(40)
@@ -75,7 +75,7 @@ def _winner(
         open_one,
         len(times),
         {},
-        lambda place, _: merits[place],
+        lambda place, _: Merit(merits[place], merits[place]),
         clear=1.5,
         margin=0.02,
         seconds=200.0,

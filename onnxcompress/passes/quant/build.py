@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from onnxcompress.numerics.affine import (
     weight_grid,
     wide_grid,
 )
+from onnxcompress.passes.quant.built import Built
 from onnxcompress.passes.quant.correction import (
     Correction,
     Quantized,
@@ -28,9 +30,7 @@ from onnxcompress.passes.quant.insertion import insert
 from onnxcompress.passes.quant.kernels import unfused
 from onnxcompress.passes.quant.measure import (
     Measured,
-    bias_samples,
     choose_affines,
-    few_samples,
     measure,
 )
 from onnxcompress.passes.quant.operators import Kind, data_inputs
@@ -52,6 +52,12 @@ from onnxcompress.passes.quant.parameters import (
 from onnxcompress.passes.quant.placement import Network, Plan, make_plan
 from onnxcompress.passes.quant.precision import store_half, wide_points
 from onnxcompress.passes.quant.qoperator import write_operators
+from onnxcompress.passes.quant.samples import (
+    bias_samples,
+    few_samples,
+    macs_of,
+    parted_samples,
+)
 from onnxcompress.passes.quant.variants import Kit
 from onnxcompress.runtime import SessionSettings
 from onnxcompress.search.reference import Reference
@@ -62,38 +68,6 @@ _ENDLESS = (
 
 AUTO_RANGES = (RangeMethod.NORM, RangeMethod.MINMAX)
 """What ``ranges=auto`` compares; neither is the better one everywhere."""
-
-_CLEARLY_DB = 10.0
-"""Outputs better than the least SQNR by this need no look at single nodes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """A quantized model and what it was made from.
-
-    Attributes:
-        plan: The placement.
-        affines: The grid of every point.
-        layers: The integer weight of every weighted node.
-        correction: What the comparison with the float network showed.
-        method: How the ranges were chosen.
-        halves: Float nodes whose weights are stored in float16.
-    """
-
-    plan: Plan
-    affines: Mapping[str, Affine]
-    layers: Mapping[str, Layer]
-    correction: Correction
-    method: RangeMethod
-    halves: frozenset[str] = frozenset()
-
-    def worst_output(self) -> float:
-        """SQNR in dB of the output that is farthest from float, on the calibration samples."""
-        return min(self.correction.output_sqnr_db.values(), default=np.inf)
-
-    def clearly_keeps(self, least: float) -> bool:
-        """Whether the outputs are so much better than ``least`` dB that no node can be at fault."""
-        return bool(self.correction.output_sqnr_db) and self.worst_output() >= least + _CLEARLY_DB
 
 
 class Builder:
@@ -136,6 +110,11 @@ class Builder:
         self._measured = Measured() if measured is None else measured
         self._asked: set[str] = set(self._measured.covariances)
         self._rounded: dict[str, Layer] = {}
+
+    @functools.cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of the model for one sample."""
+        return macs_of(self.model, self._ctx.calibration)
 
     @property
     def measured(self) -> Measured:
@@ -215,16 +194,17 @@ class Builder:
         if is_wide(self._grid):
             method = RangeMethod.MINMAX  # nothing is to be gained by clipping 16 bits
         if method is not RangeMethod.AUTO:
-            best = self._calibrated(plan, method, wide, bias_samples(self._ctx))
+            best = self._calibrated(plan, method, wide, bias_samples(self._ctx, self.macs))
             return replace(best, halves=halves)
-        few, enough = few_samples(self._ctx), bias_samples(self._ctx)
+        few, rest, share = parted_samples(self._ctx, self.macs)
         best = max(
             (self._calibrated(plan, m, wide, few) for m in AUTO_RANGES),
             key=Built.worst_output,
         )
         # Few samples show which ranges are better; what biases lack needs more.
-        if few is not self._ctx and best.correction.shifts:
-            best = self._calibrated(plan, best.method, wide, enough)
+        if share and best.correction.shifts:
+            before = (best.correction, share)
+            best = self._calibrated(plan, best.method, wide, rest, before=before)
         return replace(best, halves=halves)
 
     def draft(self, chosen: frozenset[str]) -> Built:
@@ -241,7 +221,7 @@ class Builder:
             if nodes[name].op_type == "Conv"
         }
         best = RangeMethod.NORM if method is RangeMethod.AUTO else method
-        return self._calibrated(plan, best, frozenset(), few_samples(self._ctx), known)
+        return self._calibrated(plan, best, frozenset(), few_samples(self._ctx, self.macs), known)
 
     def _calibrated(
         self,
@@ -250,8 +230,19 @@ class Builder:
         wide: frozenset[str],
         ctx: PassContext,
         known: Mapping[str, FloatArray] | None = None,
+        before: tuple[Correction, float] | None = None,
     ) -> Built:
-        """The model with one way of choosing ranges, biases corrected on the data of ``ctx``."""
+        """The model with one way of choosing ranges, biases corrected on the data of ``ctx``.
+
+        Args:
+            plan: The placement.
+            method: The way.
+            wide: Nodes with 16-bit activations.
+            ctx: The job with the samples to take.
+            known: Covariances to round weights with; all that are measured when None.
+            before: What other samples showed of the same network, and the share of all that these
+                are.
+        """
         known = self._measured.covariances if known is None else known
         groups = make_groups(self.network, plan, self._measured.ranges)
         affines = choose_affines(self._measured, groups, self._grid, method)
@@ -261,6 +252,8 @@ class Builder:
         quantized = self.write(plan, affines, layers)
         corrected = self._corrected(self._weighted(plan))
         correction = correct_biases(ctx, self.model, quantized, corrected)
+        if before is not None:
+            correction = before[0].joined(correction, before[1])
         layers |= {name: layers[name].shifted(shift) for name, shift in correction.shifts.items()}
         return Built(plan, affines, layers, correction, method)
 
@@ -356,7 +349,8 @@ class Builder:
             if self.network.rule(name).kind is not Kind.MOVING:
                 results[name] = point if point in points else node.outputs[0].name or ""
         results = {n: v for n, v in results.items() if v not in points or v in quantized.reals}
-        return local_sqnr_db(self._ctx, self.model, quantized, results)
+        few = few_samples(self._ctx, self.macs)
+        return local_sqnr_db(few, self.model, quantized, results)
 
     def write(
         self, plan: Plan, affines: Mapping[str, Affine], layers: Mapping[str, Layer]

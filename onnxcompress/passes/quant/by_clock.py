@@ -16,6 +16,7 @@ from onnxcompress.passes.quant.memory import placement_key, recall, remember
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.options import Activations, Objective, QuantOptions
 from onnxcompress.passes.quant.regions import repair
+from onnxcompress.passes.quant.samples import samples_for
 from onnxcompress.passes.quant.search import Candidate, chosen_by, default_candidate, search
 from onnxcompress.passes.quant.static import NOT_FASTER
 from onnxcompress.runtime import Array, SessionSettings, open_session
@@ -34,7 +35,8 @@ _PLACEMENT_SHARE = 0.6
 """Most of the time for searching that placements may take; the rest is for what comes after."""
 
 _PLACEMENT_SAMPLES = 16
-"""Samples on which the outputs of placements are compared with float."""
+_PLACEMENT_MACS = 2e10
+"""Samples on which the outputs of placements are compared with float, and the work that may be."""
 
 _FINAL_SECONDS = 1.5
 """Time to compare the result with float."""
@@ -112,7 +114,8 @@ class ByClock:
             return known.candidate
         assert self._statistics.calibration is not None  # noqa: S101 - there are feeds
         draft = self._builder.draft(allowed)
-        judge = Judge(self._float, self._statistics.calibration, count=_PLACEMENT_SAMPLES)
+        count = samples_for(_PLACEMENT_SAMPLES, _PLACEMENT_MACS, self._builder.macs)
+        judge = Judge(self._float, self._statistics.calibration, count=count)
         with self._budget.spend(_PLACEMENT_SHARE) as seconds:
             found = search(
                 self._builder.network,

@@ -12,9 +12,10 @@ from onnxcompress.context import PassContext
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.equalize.balance import equalize, largest_spread
 from onnxcompress.passes.quant.build import Builder
-from onnxcompress.passes.quant.measure import Measured, few_samples
+from onnxcompress.passes.quant.measure import Measured
 from onnxcompress.passes.quant.options import Equalize, QuantOptions, RangeMethod, Rounding
 from onnxcompress.passes.quant.placement import Network
+from onnxcompress.passes.quant.samples import few_samples, macs_of
 from onnxcompress.passes.quant.smoothing import Applied, Choice, apply, choose, find_sites
 
 _FEEDBACKS = (1.0, 0.4)
@@ -98,7 +99,7 @@ def _equalized(
         return model, None
     copy = model_io.clone(model)
     equalize(copy, _ROUNDS)
-    few = few_samples(ctx)
+    few = few_samples(ctx, macs_of(model, ctx.calibration))
     cheap = replace(options, weights=Rounding.NEAREST, ranges=RangeMethod.MINMAX)
     before, after = (_sqnr_db(few, each, cheap, chosen, Measured()) for each in (model, copy))
     gain = after - before
@@ -121,7 +122,7 @@ def _smoothing(
     alpha = options.smoothing_alpha()
     if alpha is not None:
         return Conditioned(choose(model, sites, 1.0, alpha), skips)
-    few = few_samples(ctx)
+    few = few_samples(ctx, macs_of(model, ctx.calibration))
     if max(site.data.square.size for site in sites) > _CHEAP_COLUMNS:
         options = replace(options, weights=Rounding.NEAREST)
         measured = replace(measured, covariances={})

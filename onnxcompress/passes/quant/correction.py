@@ -22,6 +22,7 @@ empirical variant).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import set_initializer
 from onnxcompress.graph.naming import Namer
 from onnxcompress.numerics.affine import FloatArray
-from onnxcompress.passes.quant.measure import few_samples
+from onnxcompress.passes.quant.samples import few_samples
 
 _BATCH_SIZE = 16
 """Samples per run: the mean over so many differs little from the mean over all."""
@@ -66,6 +67,27 @@ class Correction:
     shifts: Mapping[str, FloatArray]
     output_sqnr_db: Mapping[str, float]
 
+    def joined(self, other: Correction, share: float) -> Correction:
+        """What both runs together showed, of the same network on other samples.
+
+        Args:
+            other: The other run.
+            share: Share of the samples that it had.
+        """
+        return Correction(
+            {n: (1 - share) * s + share * other.shifts[n] for n, s in self.shifts.items()},
+            {
+                n: -10.0 * math.log10((1 - share) * _ratio(db) + share * _ratio(other_db))
+                for n, db in self.output_sqnr_db.items()
+                for other_db in [other.output_sqnr_db[n]]
+            },
+        )
+
+
+def _ratio(db: float) -> float:
+    """Noise over signal."""
+    return float(10.0 ** (-db / 10.0))
+
 
 def local_sqnr_db(
     ctx: PassContext, model: ir.Model, quantized: Quantized, results: Mapping[str, str]
@@ -73,7 +95,7 @@ def local_sqnr_db(
     """SQNR of each node's output when its inputs are those of the float network.
 
     Args:
-        ctx: The job.
+        ctx: The job; all of its samples are taken.
         model: The float model.
         quantized: The quantized network.
         results: Node to the value it makes, in the names of the float model.
@@ -81,7 +103,7 @@ def local_sqnr_db(
     pair = _Pair(model, quantized)
     pair.feed_from_float()
     requests = {node: pair.compare(value, pair.twin(value)) for node, value in results.items()}
-    return pair.ratios(few_samples(ctx), requests, "checking nodes")
+    return pair.ratios(ctx, requests, "checking nodes")
 
 
 def correct_biases(

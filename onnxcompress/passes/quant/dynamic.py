@@ -32,6 +32,7 @@ from onnxcompress.passes.quant.dynamic_write import write_forms
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.judge import Judge
 from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.passes.quant.samples import macs_of, samples_for
 from onnxcompress.passes.quant.static import NOT_FASTER, Static, StaticRun
 from onnxcompress.runtime import open_session
 from onnxcompress.search.goals import MARGIN_DB
@@ -47,6 +48,9 @@ _WORTH = 0.02
 """Share of the model's weights below which dynamic forms are not tried."""
 
 _SYNTHETIC_SAMPLES = 8
+
+_RATED, _RATED_MACS = 32, 4e10
+"""Samples to compare results on, and the work that each comparison may take."""
 
 _BY_TENSOR = frozenset({Form.CONV, Form.LSTM, Form.TENSOR})
 
@@ -306,7 +310,8 @@ class _Run:
             return Judge(self._model, synthetic)
         cut = without_padding(samples, lambda: open_session(self._model, self._ctx.session).run)
         filled = None if cut is None else samples
-        return Judge(self._model, cut or samples, samples.first(), filled=filled)
+        count = samples_for(_RATED, _RATED_MACS, macs_of(self._model, samples))
+        return Judge(self._model, cut or samples, samples.first(), count, filled)
 
     def _merged(self, result: _Result) -> PassReport:
         """The static report and what became dynamic, in one."""

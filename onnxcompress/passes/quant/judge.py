@@ -5,10 +5,10 @@ recurrent nodes do shows in the outputs. So here models are run as they are, on 
 
 Where accuracy and speed pull apart, one number decides:
 
-    score = ln(1 / time) + 0.01 min(SQNR, 40 dB) + 0.0005 max(SQNR - 40 dB, 0) + 0.05 ln(1 / bytes)
+    score = ln(1 / time) + 0.01 min(SQNR, 40 dB) + 0.05 ln(1 / bytes)
 
-One decibel is worth one percent of speed, up to 40 dB, beyond which nobody sees a difference and a
-decibel only breaks ties; a file of a quarter of the size is worth seven percent.
+One decibel is worth one percent of speed, up to 40 dB, beyond which nobody sees a difference; a
+file of a quarter of the size is worth seven percent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ _BATCH = 8
 
 _SATURATED_DB = 40.0
 _PER_DB = 0.01
-_PER_DB_BEYOND = 0.0005
 _PER_BYTES = 0.05
 _SECONDS = 0.3
 _CLEAR = 1.3
@@ -59,8 +58,7 @@ class Rated:
     @property
     def merit(self) -> float:
         """The part of the score that the clock has no say in."""
-        beyond = max(self.sqnr_db - _SATURATED_DB, 0.0)
-        fidelity = _PER_DB * (self.sqnr_db - beyond) + _PER_DB_BEYOND * beyond
+        fidelity = _PER_DB * min(self.sqnr_db, _SATURATED_DB)
         return fidelity - _PER_BYTES * math.log(max(self.bytes, 1))
 
     def score(self, seconds: float) -> float:

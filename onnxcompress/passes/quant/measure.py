@@ -33,14 +33,6 @@ from onnxcompress.passes.quant.parameters import Group, Range, group_candidates,
 _MAX_COLUMNS = 4608
 """Layers with more columns than this (a 3x3 convolution of 512 channels) are rounded to nearest."""
 
-_FEW_SAMPLES = 16
-"""Enough to compare two versions of a model, or to see that a node fails. Scales chosen on 32 cost
-3 dB on an image classifier."""
-
-_BIAS_SAMPLES = 48
-"""Enough to correct biases: the mean of the errors of so many samples is off by a seventh of their
-deviation at most, which adds 0.09 dB to the noise. Three batches of the correction."""
-
 _MAX_ELEMENTS = 1 << 21
 """Elements of a tensor that its histogram counts, evenly spaced over all samples."""
 
@@ -189,16 +181,6 @@ def choose_affines(
         errors = [sum(cost(source, a) for source in group.sources) for a in candidates]
         chosen |= dict.fromkeys(group.points, candidates[int(np.argmin(errors))])
     return chosen
-
-
-def few_samples(ctx: PassContext) -> PassContext:
-    """The job with fewer samples, to compare versions; scales need them all."""
-    return ctx.at_most(_FEW_SAMPLES)
-
-
-def bias_samples(ctx: PassContext) -> PassContext:
-    """The job with as many samples as means need: what biases lack."""
-    return ctx.at_most(_BIAS_SAMPLES)
 
 
 def _moment_requests(nodes: Mapping[str, ir.Node]) -> dict[str, MomentsRequest]:

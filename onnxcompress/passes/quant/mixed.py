@@ -22,12 +22,14 @@ from dataclasses import dataclass, field, replace
 from onnxcompress.context import PassContext
 from onnxcompress.passes.base import Table
 from onnxcompress.passes.quant.aim import Aim, find_aim
-from onnxcompress.passes.quant.build import Builder, Built
+from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.built import Built
 from onnxcompress.passes.quant.costs import Costs
 from onnxcompress.passes.quant.operators import Kind
-from onnxcompress.passes.quant.options import Objective, QuantOptions
+from onnxcompress.passes.quant.options import Objective, QuantOptions, RangeMethod
 from onnxcompress.passes.quant.placement import Plan, make_plan
 from onnxcompress.passes.quant.precision import AUTO, Precision, fallbacks_for
+from onnxcompress.passes.quant.samples import mix_bounds
 from onnxcompress.passes.quant.variants import (
     Bench,
     Kit,
@@ -157,10 +159,12 @@ class Mixer:
         self, chosen: frozenset[str]
     ) -> tuple[frozenset[str], Built, dict[str, float]] | None:
         """Put nodes back to float that lose their own output, whatever happens elsewhere."""
+        method: RangeMethod | None = None
         for _ in range(_CHECK_ROUNDS):
             if not self._has_weights(chosen):
                 return None
-            built = self._builder.careful(chosen)
+            built = self._builder.careful(chosen, method=method)
+            method = built.method  # to compare ways anew for a few nodes less would be much work
             easy = self._ctx.goals.are_default and not self._options.sensitivity
             if easy and built.clearly_keeps(self._options.min_sqnr_db):
                 return chosen, built, {}
@@ -305,16 +309,21 @@ class Mixer:
         precisions: Sequence[Precision],
     ) -> dict[str, Precision]:
         tried = 0
+        macs = self._builder.macs
+        samples, looks = mix_bounds(macs, bench.kit.reference.sample_count)
+        samples = bench.kit.reference.first(samples).sample_count  # whole batches
 
         def named(lifted: Lifted) -> dict[str, Precision]:
             return {node: precisions[tier] for node, tier in lifted.items()}
 
-        with self._ctx.progress.task("looking for the cheapest mix") as task:
+        usual = len(precisions) * (2 + len(gains).bit_length()) + _TRIMS
+        most = min(looks, usual)
+        with self._ctx.progress.task("looking for the cheapest mix", most) as task:
 
             def holds(lifted: Lifted) -> bool:
                 nonlocal tried
                 tried += 1
-                missed = goals.missed(bench.measure(variant(named(lifted))))
+                missed = goals.missed(bench.measure(variant(named(lifted), samples)))
                 self._ctx.progress.log(f"{len(lifted)} lifted: {'; '.join(missed) or 'holds'}")
                 task.advance()
                 return not missed
@@ -325,14 +334,23 @@ class Mixer:
                 cost=lambda lifted: costs.of(named(lifted)),
                 tiers=len(precisions),
                 trims=_TRIMS,
+                looks=looks,
                 completed=lambda lifted: self._completed(bench.kit, lifted, precisions),
             )
-        self._figures["mixes_tried"] = tried
+        self._figures |= {"mixes_tried": tried, "mix_samples": samples}
         if found is None:
             last = precisions[-1]
             self._notes.append(f"Not even with all nodes in {last.value} do the limits hold.")
             return dict.fromkeys(gains, last)
-        return named(found)
+        if found.untried:
+            self._figures["lifts_not_tried_lower"] = found.untried
+        if found.untried and tried >= looks:
+            self._notes.append(
+                f"The search for the cheapest mix ended after {tried} versions on {samples} "
+                f"samples each, the most work for a model of {macs:.2g} multiply-accumulates: "
+                f"{found.untried} of {len(found.lifted)} nodes lifted were not tried lower."
+            )
+        return named(found.lifted)
 
     def _completed(
         self, kit: Kit, lifted: Lifted, precisions: Sequence[Precision]

@@ -19,7 +19,7 @@ A clock alone decides near ties by chance. So the first model keeps its place un
 gains more than a margin, and that clearly: more than two and a half times the error, or with a
 merit that is greater by 0.01 at least, which is not measured in time and does not scatter. Turns go
 on as long as a comparison is open. The best one wins, and of what the clock cannot tell apart from
-it the one with the greatest merit.
+it the one with the greatest fidelity.
 """
 
 from __future__ import annotations
@@ -73,6 +73,20 @@ class Gain:
     def may_exceed(self, margin: float) -> bool:
         """Whether the truth may be more than ``margin``."""
         return self.value + _Z * self.error > margin
+
+
+@dataclass(frozen=True, slots=True)
+class Merit:
+    """What counts besides the clock.
+
+    Attributes:
+        value: In the unit of a logarithm of time.
+        fidelity: What decides between models that are equally good by time and ``value``; more is
+            better.
+    """
+
+    value: float
+    fidelity: float
 
 
 class Race:
@@ -164,7 +178,7 @@ def contest(
     open_one: Callable[[int], Session],
     count: int,
     feeds: Mapping[str, Array],
-    merit: Callable[[int, Session], float],
+    merit: Callable[[int, Session], Merit],
     *,
     clear: float,
     margin: float,
@@ -176,8 +190,8 @@ def contest(
         open_one: Opens a model in a new session of one thread.
         count: How many models there are.
         feeds: One run's inputs.
-        merit: What counts besides the clock, for a model and a session of it, in the unit of a
-            logarithm of time; asked for once for each model that is near the fastest.
+        merit: What counts besides the clock, for a model and a session of it; asked for once for
+            each model that is near the fastest.
         clear: How many times as long a run takes that is too slow for any merit.
         margin: What a model must gain.
         seconds: About how much processor time to spend, at most.
@@ -185,7 +199,8 @@ def contest(
     sessions = [open_one(place) for place in range(count)]
     heat = Race(sessions, feeds)
     near = heat.near(clear, _SHARE_TO_DROP * seconds)
-    merits = {place: merit(place, sessions[place]) for place in near}
+    found_merits = {place: merit(place, sessions[place]) for place in near}
+    merits = {place: each.value for place, each in found_merits.items()}
     share = (1.0 - _SHARE_TO_DROP) / 2.0
     scores = heat.scores(merits, margin=margin, seconds=share * seconds)
     maybe = [place for place, score in scores.items() if score.may_exceed(margin)]
@@ -198,7 +213,7 @@ def contest(
             seconds=share * seconds,
         )
         scores |= {places[k]: _pooled(scores[places[k]], each) for k, each in found.items()}
-    winner = _decided(scores, merits, 0, margin)
+    winner = _decided(scores, found_merits, 0, margin)
     return Result(winner, heat.seconds, scores)
 
 
@@ -209,14 +224,14 @@ def _pooled(one: Gain, other: Gain) -> Gain:
 
 
 def _decided(
-    scores: Mapping[int, Gain], merits: Mapping[int, float], first: int, margin: float
+    scores: Mapping[int, Gain], merits: Mapping[int, Merit], first: int, margin: float
 ) -> int:
     """The winner among those that clearly gain over ``first``; ``first`` if none does."""
+    least = merits[first].value + _SOME_MERIT
     clear = [
         score.value
         for place, score in scores.items()
-        if score.value > margin
-        and (score.value > _Z * score.error or merits[place] - merits[first] >= _SOME_MERIT)
+        if score.value > max(margin, 0.0 if merits[place].value >= least else _Z * score.error)
     ]
     if not clear:
         return first
@@ -226,4 +241,4 @@ def _decided(
         for place, score in scores.items()
         if score.value > margin and best - score.value <= max(margin, min(score.error, _MOST_TIED))
     ]
-    return max(tied, key=lambda place: (merits[place], -place))
+    return max(tied, key=lambda place: (merits[place].fidelity, -place))

@@ -28,7 +28,7 @@ from onnxcompress.passes.quant.clock import fine_clock
 from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.operators import WEIGHT, Kind, attribute
 from onnxcompress.passes.quant.placement import Network, make_plan
-from onnxcompress.passes.quant.race import contest
+from onnxcompress.passes.quant.race import Merit, contest
 from onnxcompress.progress import Progress
 from onnxcompress.runtime import Array, Session, SessionSettings, open_session
 
@@ -289,8 +289,8 @@ class _Rival:
         """A new session of it."""
         return open_session(self._model, self._settings)
 
-    def merit(self, rate: Rate, session: Session) -> float:
+    def merit(self, rate: Rate, session: Session) -> Merit:
         """What counts besides its speed; its outputs are looked at once."""
         if self._rated is None:
             self._rated = rate(self._model, session)
-        return self._rated.merit
+        return Merit(self._rated.merit, self._rated.sqnr_db)

@@ -13,7 +13,8 @@ from onnxcompress.context import PassContext
 from onnxcompress.numerics.affine import fixed_point_format
 from onnxcompress.passes.base import Change, PassReport, Skip
 from onnxcompress.passes.quant.budget import Budget
-from onnxcompress.passes.quant.build import Builder, Built
+from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.built import Built
 from onnxcompress.passes.quant.by_clock import ByClock
 from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
 from onnxcompress.passes.quant.embeddings import quantize_embeddings

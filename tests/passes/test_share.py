@@ -258,6 +258,22 @@ def test_file_shrinks_by_the_bits(bits: int, tmp_path: Path) -> None:
     assert (tmp_path / "out.onnx").stat().st_size < 512 * 300 * bits / 8 + 2500
 
 
+@pytest.mark.parametrize(("pool", "opset"), [("AveragePool", 17), ("MaxPool", 21)])
+def test_the_opset_is_raised_unless_an_operator_gets_slower(
+    pool: str, opset: int, tmp_path: Path
+) -> None:
+    b = ModelBuilder("pooled", opset=17)
+    x = b.conv(b.input("x", [1, 8, 12, 12]), 8, 64)
+    b.output(b.op(pool, x, kernel_shape=[2, 2]))
+    model = b.build()
+    model_io.normalize(model)
+    report = share(model, options())
+    assert model.opset_imports[""] == opset
+    assert any(("The opset stays 17" in note) == (opset == 17) for note in report.notes)
+    model_io.save(model, tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").stat().st_size < 8 * 64 * 9 / 2 + 64 * 8 + 2500
+
+
 def test_names_and_small_tensors_are_left_out_with_reasons() -> None:
     model = prepared(fixture("conv_chain"))
     (name, *_) = [v for v, i in model.graph.initializers.items() if len(i.shape or ()) == 4]

@@ -166,8 +166,8 @@ class SharePass:
         slower = _slower_when_raised(model, opset)
         if slower is not None:
             return (
-                f"The opset stays {opset} and 4-bit codes lie in bytes, two in each: the {slower} of "
-                f"onnxruntime takes several times as long from opset {_SLOWER[slower]} on.",
+                f"The opset stays {opset} and 4-bit codes lie in bytes, two in each: the {slower} "
+                f"of onnxruntime takes several times as long from opset {_SLOWER[slower]} on.",
             )
         return model_io.normalize(model, min_opset=NIBBLE_OPSET)
 

@@ -13,7 +13,7 @@ quartiles scattered by 7 % (a small image classifier, 40 turns), by no more than
 
 Where a session's memory happens to lie changes its speed too, by up to a tenth, for as long as it
 is open. So what is not clearly slower in a first heat runs another one in new sessions; the gain is
-the mean of both, and half their difference counts as error.
+the mean of both, weighted by their errors, and where they disagree the median with a third one.
 
 A clock alone decides near ties by chance. So the first model keeps its place unless another one
 gains more than a margin, and that clearly: more than two and a half times the error, or with a
@@ -69,6 +69,10 @@ class Gain:
     def is_open(self, margin: float, errors: float) -> bool:
         """Whether the truth may lie on either side of ``margin``."""
         return abs(self.value - margin) < errors * self.error
+
+    def agrees_with(self, other: Gain) -> bool:
+        """Whether two heats differ by no more than their errors let expect."""
+        return abs(self.value - other.value) < _Z * math.hypot(self.error, other.error)
 
     def may_exceed(self, margin: float) -> bool:
         """Whether the truth may be more than ``margin``."""
@@ -203,24 +207,39 @@ def contest(
     merits = {place: each.value for place, each in found_merits.items()}
     share = (1.0 - _SHARE_TO_DROP) / 2.0
     scores = heat.scores(merits, margin=margin, seconds=share * seconds)
+
+    def again(places: Sequence[int]) -> dict[int, Gain]:
+        """The scores of ``places`` in new sessions."""
+        all_places = [0, *places]
+        race = Race([open_one(place) for place in all_places], feeds)
+        known = {k: merits[place] for k, place in enumerate(all_places)}
+        found = race.scores(known, margin=margin, seconds=share * seconds)
+        return {all_places[k]: each for k, each in found.items()}
+
     maybe = [place for place, score in scores.items() if score.may_exceed(margin)]
     if maybe:
-        places = [0, *maybe]
-        again = Race([open_one(place) for place in places], feeds)
-        found = again.scores(
-            {k: merits[place] for k, place in enumerate(places)},
-            margin=margin,
-            seconds=share * seconds,
-        )
-        scores |= {places[k]: _pooled(scores[places[k]], each) for k, each in found.items()}
+        second = again(maybe)
+        apart = [place for place in maybe if not scores[place].agrees_with(second[place])]
+        third = again(apart) if apart else {}
+        for place in maybe:
+            heats = [scores[place], second[place], *(third[p] for p in apart if p == place)]
+            scores[place] = _pooled(heats)
     winner = _decided(scores, found_merits, 0, margin)
     return Result(winner, heat.seconds, scores)
 
 
-def _pooled(one: Gain, other: Gain) -> Gain:
-    """The mean of two heats."""
-    error = math.hypot(one.error, other.error) / 2.0
-    return Gain((one.value + other.value) / 2.0, max(error, abs(one.value - other.value) / 2.0))
+def _pooled(heats: Sequence[Gain]) -> Gain:
+    """The mean of two heats that agree, weighted by their errors; the median of three.
+
+    How far the nearest of the others is from the median counts as its error.
+    """
+    if len(heats) > 2:
+        low, middle, high = sorted(heats, key=lambda heat: heat.value)
+        near = min(middle.value - low.value, high.value - middle.value)
+        return Gain(middle.value, max(middle.error, near))
+    weights = [1.0 / heat.error**2 for heat in heats]
+    value = sum(w * heat.value for w, heat in zip(weights, heats, strict=True)) / sum(weights)
+    return Gain(value, 1.0 / math.sqrt(sum(weights)))
 
 
 def _decided(

@@ -241,14 +241,18 @@ class Dataset:
         count = min(max(0, count), self.sample_count)
         return self._chosen(np.arange(count, dtype=np.int64) * self.sample_count // max(count, 1))
 
-    def divide(self, every: int) -> tuple[Dataset, Dataset]:
-        """All samples but each ``every``-th, and these.
+    def divide(self, every: int, place: int = -1) -> tuple[Dataset, Dataset]:
+        """All samples but one of each ``every``, and these.
+
+        Args:
+            every: How many samples there are for each one that is set apart.
+            place: Which of them that is; the last one by default.
 
         Raises:
             DataError: If either is less than one run.
         """
         index = np.arange(self.sample_count, dtype=np.int64)
-        apart = index % every == every - 1
+        apart = index % every == place % every
         return self._chosen(index[~apart]), self._chosen(index[apart])
 
     def _chosen(self, index: npt.NDArray[np.int64]) -> Dataset:

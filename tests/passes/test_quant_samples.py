@@ -14,7 +14,13 @@ from onnxcompress import model_io
 from onnxcompress.calibration.synthetic import synthetic_dataset
 from onnxcompress.context import PassContext
 from onnxcompress.passes.quant.correction import Correction, Quantized, correct_biases
-from onnxcompress.passes.quant.samples import macs_of, mix_bounds, parted_samples, samples_for
+from onnxcompress.passes.quant.samples import (
+    few_samples,
+    macs_of,
+    mix_bounds,
+    parted_samples,
+    samples_for,
+)
 from tests.builder import ModelBuilder
 from tests.fixtures import fixture
 from tests.running import context
@@ -60,6 +66,10 @@ def test_biases_corrected_on_parts_are_those_of_the_whole(tmp_path: Path) -> Non
     assert rest.calibration is not None
     assert (few.calibration.sample_count, rest.calibration.sample_count) == (16, 32)
     assert share == pytest.approx(2 / 3)
+    compared = few_samples(ctx).calibration
+    assert compared is not None
+    for same, other in zip(few.calibration.batches(4), compared.batches(4), strict=True):
+        assert all(np.array_equal(array, other[name]) for name, array in same.items())
     noisy = model_io.clone(model)
     node = next(n for n in noisy.graph if n.op_type == "Conv")
     weight = node.inputs[1]

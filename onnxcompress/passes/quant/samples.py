@@ -79,7 +79,7 @@ def parted_samples(ctx: PassContext, macs: int = 1) -> tuple[PassContext, PassCo
     count, most = few.calibration.sample_count, enough.calibration.sample_count
     if most % count or most < 2 * count or enough.calibration.layout.group is not None:
         return few, enough, 1.0
-    rest, apart = enough.calibration.divide(most // count)
+    rest, apart = enough.calibration.divide(most // count, 0)  # the few
     return replace(ctx, calibration=apart), replace(ctx, calibration=rest), 1.0 - count / most
 
 

@@ -376,6 +376,37 @@ def test_integers_of_other_nodes(how: str) -> None:
     assert "Gather" not in {node.op_type for node in executed.graph}
 
 
+@pytest.mark.parametrize("per_gate", [False, True])
+@pytest.mark.parametrize("ways", [1, 2])
+def test_integers_of_recurrent_layers(ways: int, per_gate: bool) -> None:
+    b = ModelBuilder("quantized_lstm", domains={"com.microsoft": 1})
+    x, hidden = b.input("x", [5, 2, 48]), 32
+    gates = 4 * hidden
+    weights, parts = [], []
+    for width in (48, hidden):
+        integers = b.rng.integers(-127, 128, (ways, width, gates)).astype(np.int8)
+        size = (ways, gates) if per_gate else (ways,)
+        weights.append(b.constant(integers))
+        parts.append(b.constant(b.rng.uniform(0.0005, 0.002, size).astype(np.float32)))
+        parts.append(b.constant(np.zeros(size, np.int8)))
+    bias = b.weight(ways, 2 * gates, fan_in=16)
+    sums = b.op(
+        "DynamicQuantizeLSTM", x, *weights, bias, "", "", "", "", *parts,
+        domain="com.microsoft", hidden_size=hidden,
+        direction="forward" if ways == 1 else "bidirectional",
+    )  # fmt: skip
+    b.output(sums, [5, ways, 2, hidden])
+    model = b.build()
+    model_io.normalize(model)
+    feeds = {"x": np.random.default_rng(2).normal(size=(5, 2, 48)).astype(np.float32)}
+    (expected,) = run_model(model, feeds).values()
+    report = share(model, options(bits=6))
+    assert len([change for change in report.changes if "6 bits" in change.what]) == 2
+    assert any("expanded when a session is made" in note for note in report.notes)
+    (found,) = run_model(model, feeds).values()
+    assert 0 < squares(found, expected) < 1e-2 * squares(expected)
+
+
 def test_filters_of_depthwise_convolutions_are_left_unless_named() -> None:
     b = ModelBuilder("separable")
     x = b.conv(b.input("x", [1, 64, 8, 8]), 64, 64, groups=64)

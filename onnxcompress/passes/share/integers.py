@@ -5,6 +5,7 @@ real = (integers - zero) * scale
 DequantizeLinear(integers, scale, zero)     the float weight is its output
 Mul(Cast(integers), scale)                  likewise, with zero 0
 MatMulInteger(x, integers, ., zero)         there is no float weight; each column counts alike
+DynamicQuantizeLSTM(x, integers, ...)       nor is there; gates have scales, errors count alike
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def read_integers(value: ir.Value) -> Integers | str:
             return _cast(node)
         if node.op_type == "MatMulInteger" and index == 1:
             return _product(node)
+        if node.op_type == "DynamicQuantizeLSTM" and index in {1, 2}:
+            return _recurrent(node, index)
     return "these integers are no weights of one layer"
 
 
@@ -95,6 +98,21 @@ def _product(node: ir.Node) -> Integers | str:
         return "its zero point is not stored"
     rows = tuple(a for a in range(len(shape)) if a != len(shape) - 2)
     return Integers(None, rows, np.ones(1, np.float32), zero)
+
+
+def _recurrent(node: ir.Node, index: int) -> Integers | str:
+    """The weights of inputs [D, I, 4H] or states [D, H, 4H], with a scale per direction or gate."""
+    place = 8 + 2 * (index - 1)
+    given = node.inputs[place] if len(node.inputs) > place else None
+    scale, zero = constant_of(given), _zero(node, place + 1)
+    array = constant_of(node.inputs[index])
+    if array is None or array.ndim != 3 or scale is None or zero is None:
+        return "its scale or zero point is not stored"
+    ways, _, gates = array.shape
+    if scale.size not in {ways, ways * gates} or scale.dtype != np.float32:
+        return f"its scale of shape {scale.shape} is neither one per direction nor one per gate"
+    spread = np.broadcast_to(scale.reshape(ways, 1, -1), (ways, 1, gates))
+    return Integers(None, (0, 2), spread.astype(np.float32), zero)
 
 
 def _zero(node: ir.Node, index: int) -> Array | None:

@@ -316,8 +316,7 @@ class Mixer:
         def named(lifted: Lifted) -> dict[str, Precision]:
             return {node: precisions[tier] for node, tier in lifted.items()}
 
-        usual = len(precisions) * (2 + len(gains).bit_length()) + _TRIMS
-        most = min(looks, usual)
+        most = min(looks, len(precisions) * (2 + len(gains).bit_length()) + _TRIMS)
         with self._ctx.progress.task("looking for the cheapest mix", most) as task:
 
             def holds(lifted: Lifted) -> bool:
@@ -373,7 +372,7 @@ class Mixer:
     ) -> tuple[Mixed | None, dict[str, Precision]]:
         """The mix with scales, rounding and biases of its own; more is lifted while it misses."""
         order = sorted(gains, key=lambda name: (-gains[name], name))
-        for _ in range(_ROUNDS):
+        for turn in range(_ROUNDS):
             mixed = self._mixed(plain, lifted)
             if mixed is None or all(lifted.get(name) is last for name in order):
                 return mixed, lifted
@@ -383,7 +382,8 @@ class Mixer:
                 return mixed, lifted
             self._ctx.progress.log(f"calibrated with {len(lifted)} lifted: {missed[0]}")
             more = [node for node in order if lifted.get(node) is not last]
-            lifted = lifted | dict.fromkeys(more[: max(1, len(lifted) // 4)], last)
+            count = max(1, len(lifted) // 16) << turn  # it mostly misses by little
+            lifted = lifted | dict.fromkeys(more[:count], last)
         return self._mixed(plain, dict.fromkeys(order, last)), dict.fromkeys(order, last)
 
     def _mixed(self, plain: Mixed, lifted: Mapping[str, Precision]) -> Mixed | None:

@@ -23,7 +23,9 @@ from onnxcompress.verification.metrics import Array
 Labels = str | Path | Array
 
 _SYNTHETIC_SAMPLES = 64
-_EVALUATED_SHARE = 4  # a quarter of the only data given verifies
+_PARTS = 4
+"""Of the only data given, at least a quarter verifies, and a quarter of evaluation data at most
+calibrates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,17 @@ def choose_data(
         if not needs_calibration:
             notes.append("No pass needs calibration, so the data for it are not used.")
         return JobData(calibrate if needs_calibration else None, verify, tuple(notes))
-    if evaluation is not None:
-        return _shared(opened(evaluation, labels), recipe, notes, "eval", needs=needs_calibration)
-    assert calib is not None  # noqa: S101 - one of the two is there
-    return _shared(opened(calib), recipe, notes, "calib", needs=needs_calibration)
+    if calib is None:
+        assert evaluation is not None  # noqa: S101 - one of the two is there
+        why, share = "There are no --calib data", 1
+        shared = opened(evaluation, labels)
+    elif evaluation is None:
+        why, share = "There are no --eval data", _PARTS - 1
+        shared = opened(calib)
+    else:
+        why, share = "--calib and --eval are the same data", _PARTS - 1
+        shared = opened(evaluation, labels)
+    return _shared(shared, recipe, notes, why, share, needs=needs_calibration)
 
 
 def evaluation_data(
@@ -143,15 +152,22 @@ def _limit(dataset: Dataset, samples: int | None) -> Dataset:
 
 
 def _shared(
-    dataset: Dataset, recipe: Recipe, notes: list[str], role: str, *, needs: bool
+    dataset: Dataset, recipe: Recipe, notes: list[str], why: str, share: int, *, needs: bool
 ) -> JobData:
-    """Use one set both ways, in two parts where it is large enough."""
+    """Use one set both ways, in two parts where it is large enough.
+
+    Args:
+        dataset: All samples.
+        recipe: The limits on both parts.
+        notes: What was said of the data so far.
+        why: Why there is one set, for the note.
+        share: How many quarters of it may calibrate.
+        needs: Whether any pass needs calibration.
+    """
     if not needs:
         return JobData(None, _limit(dataset, recipe.eval_samples), tuple(notes))
     total, group = dataset.sample_count, dataset.layout.group or 1
-    # Of calibration data at least the last quarter verifies, of evaluation data at most the first
-    # quarter calibrates.
-    most = total - total // _EVALUATED_SHARE if role == "calib" else total // _EVALUATED_SHARE
+    most = total // _PARTS if share == 1 else total - total // _PARTS
     count = min(recipe.calib_samples, most) // group * group
     if count < group or total - count < group:
         warning = (
@@ -161,10 +177,9 @@ def _shared(
         whole = _limit(dataset, recipe.calib_samples), _limit(dataset, recipe.eval_samples)
         return JobData(*whole, tuple(notes), (warning,))
     verify = _limit(dataset.skip(count), recipe.eval_samples)
-    missing = "--eval" if role == "calib" else "--calib"
     rest = verify.sample_count
     which = "the others" if rest == total - count else f"the next {rest}"
-    note = f"There are no {missing} data: {count} of {total} samples calibrate, {which} verify."
+    note = f"{why}: {count} of {total} samples calibrate, {which} verify."
     return JobData(dataset.take(count), verify, (*notes, note))
 
 

@@ -362,8 +362,10 @@ def test_the_same_file_twice_is_split(model: Path, tmp_path: Path) -> None:
     np.savez(path, x=fakes.samples(40))
     result = run(model, "hungry", calib=str(path), eval=tmp_path / "." / "data.npz")
     assert result.verification is not None
-    assert figures(result)["samples"] == 10
-    assert result.verification.comparison.samples == 30
+    assert figures(result)["samples"] == 30
+    assert result.verification.comparison.samples == 10
+    note = "--calib and --eval are the same data: 30 of 40 samples calibrate, the others verify."
+    assert note in result.notes
 
 
 def test_one_sample_serves_both_and_that_is_said(model: Path) -> None:

@@ -89,17 +89,16 @@ def choose_data(
         if not needs_calibration:
             notes.append("No pass needs calibration, so the data for it are not used.")
         return JobData(calibrate if needs_calibration else None, verify, tuple(notes))
-    if calib is None:
-        assert evaluation is not None  # noqa: S101 - one of the two is there
-        why, share = "There are no --calib data", 1
+    if evaluation is not None:
         shared = opened(evaluation, labels)
-    elif evaluation is None:
-        why, share = "There are no --eval data", _PARTS - 1
-        shared = opened(calib)
+        same = "--calib and --eval are the same data"
+        why = "There are no --calib data" if calib is None else same
     else:
-        why, share = "--calib and --eval are the same data", _PARTS - 1
-        shared = opened(evaluation, labels)
-    return _shared(shared, recipe, notes, why, share, needs=needs_calibration)
+        assert calib is not None  # noqa: S101 - one of the two is there
+        shared, why = opened(calib), "There are no --eval data"
+    quarter = shared.sample_count // _PARTS
+    most = quarter if calib is None else shared.sample_count - quarter
+    return _shared(shared, recipe, notes, why, most, needs=needs_calibration)
 
 
 def evaluation_data(
@@ -152,7 +151,7 @@ def _limit(dataset: Dataset, samples: int | None) -> Dataset:
 
 
 def _shared(
-    dataset: Dataset, recipe: Recipe, notes: list[str], why: str, share: int, *, needs: bool
+    dataset: Dataset, recipe: Recipe, notes: list[str], why: str, most: int, *, needs: bool
 ) -> JobData:
     """Use one set both ways, in two parts where it is large enough.
 
@@ -161,13 +160,12 @@ def _shared(
         recipe: The limits on both parts.
         notes: What was said of the data so far.
         why: Why there is one set, for the note.
-        share: How many quarters of it may calibrate.
+        most: How many samples may calibrate.
         needs: Whether any pass needs calibration.
     """
     if not needs:
         return JobData(None, _limit(dataset, recipe.eval_samples), tuple(notes))
     total, group = dataset.sample_count, dataset.layout.group or 1
-    most = total // _PARTS if share == 1 else total - total // _PARTS
     count = min(recipe.calib_samples, most) // group * group
     if count < group or total - count < group:
         warning = (

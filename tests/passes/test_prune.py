@@ -250,12 +250,17 @@ def test_limits_name_how_much_stays_where(tmp_path: Path) -> None:
             PruneOptions.parse({"limits": wrong}, owner="prune")
 
 
-def test_keep_names_what_stays_exactly(tmp_path: Path) -> None:
+def three_widths() -> ir.Model:
+    """Convolutions that make 20, 12, 10 and 4 channels, one behind the other."""
     b = ModelBuilder("three_widths")
     y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 6, 6]), 3, 20))
     y = b.op("Relu", b.conv(b.op("Relu", b.conv(y, 20, 12)), 12, 10))
     b.output(b.conv(y, 10, 4))
-    model = normalized(b.build())
+    return normalized(b.build())
+
+
+def test_keep_names_what_stays_exactly(tmp_path: Path) -> None:
+    model = three_widths()
     first, second, third, _ = (n.name or "" for n in model.graph if n.op_type == "Conv")
     data = dataset(model, samples(model, 24))
 
@@ -328,11 +333,7 @@ def test_rounds_never_give_back_what_is_gone_and_meet_the_budget(
 
 
 def test_total_spreads_one_count_over_all_that_match(tmp_path: Path) -> None:
-    b = ModelBuilder("three_widths")
-    y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 6, 6]), 3, 20))
-    y = b.op("Relu", b.conv(b.op("Relu", b.conv(y, 20, 12)), 12, 10))
-    b.output(b.conv(y, 10, 4))
-    model = normalized(b.build())
+    model = three_widths()
     first, second, third, _ = (n.name or "" for n in model.graph if n.op_type == "Conv")
     data = dataset(model, samples(model, 24))
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.calibration.padding import without_padding
 from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
+from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.prune.budget import Ledger, remaining
 from onnxcompress.passes.prune.consumers import Layers
@@ -23,7 +22,6 @@ from onnxcompress.passes.prune.options import Budget, Importance, Measure, Prune
 from onnxcompress.passes.prune.ranking import rank_with_data
 from onnxcompress.passes.prune.recover import Recovery
 from onnxcompress.passes.prune.score import Ranking, rank_by_weights, rank_without_data
-from onnxcompress.runtime import open_session
 
 Indices = npt.NDArray[np.int64]
 
@@ -48,9 +46,9 @@ class Work:
         self._ledger = ledger
         self.notes: list[str] = []
         limited = ctx.at_most(options.samples)
-        self.ctx = _unpadded(model, limited)
+        self.ctx = unpadded(model, limited)
         if self.ctx is not limited:
-            self.notes.append("Statistics leave out the padding that a mask input marks.")
+            self.notes.append(NOTE)
         self._nodes = {n.name or "": n for n in model.graph.all_nodes()}
         self.layers = Layers.of(model)
         self.groups, self._excluded = filtered(coupling.groups, options)
@@ -284,14 +282,3 @@ class Work:
             more = f" (and {len(others)} more such places)" if others else ""
             skips.append(Skip(first, self.op_type(first), reason + more))
         return skips
-
-
-def _unpadded(model: ir.Model, ctx: PassContext) -> PassContext:
-    """The job with samples cut to their tokens: rows of padding tell nothing about a layer."""
-    if ctx.calibration is None:
-        return ctx
-    cut = without_padding(
-        ctx.calibration,
-        lambda: open_session(model, ctx.session, work_dir=ctx.work_dir).run,
-    )
-    return ctx if cut is None else dataclasses.replace(ctx, calibration=cut)

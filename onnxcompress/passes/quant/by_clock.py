@@ -96,9 +96,7 @@ class ByClock:
             candidate = self._fastest(allowed, self._ctx.calibration.first())
         chosen = chosen_by(self._builder.network, allowed, candidate)
         self._ledger.figures["placement"] = str(candidate)
-        self._ledger.reject(
-            self._builder.network, allowed - chosen, "in float the model is faster by the clock"
-        )
+        self._reject(allowed - chosen)
         return chosen
 
     def _fastest(self, allowed: frozenset[str], feeds: Mapping[str, Array]) -> Candidate:
@@ -135,6 +133,7 @@ class ByClock:
         return found.candidate
 
     def _reject(self, names: frozenset[str]) -> None:
+        """Say that nodes stay in float for speed."""
         network, why = self._builder.network, "in float the model is faster by the clock"
         self._ledger.reject(network, names, why)
 
@@ -199,9 +198,5 @@ class ByClock:
         fewer = self._mixer.rebuilt(mixed, found.chosen)
         if fewer is None:
             return None
-        self._ledger.reject(
-            self._builder.network,
-            mixed.chosen - found.chosen,
-            "in float the model is faster by the clock",
-        )
+        self._reject(mixed.chosen - found.chosen)
         return fewer, self._speed_ratio(fewer)

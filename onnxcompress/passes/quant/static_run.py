@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import onnx_ir as ir
 
 from onnxcompress import model_io
-from onnxcompress.calibration.padding import without_padding
 from onnxcompress.context import PassContext
 from onnxcompress.numerics.affine import fixed_point_format
+from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, PassReport, Skip
 from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.build import Builder
@@ -26,7 +25,6 @@ from onnxcompress.passes.quant.precision import Precision
 from onnxcompress.passes.quant.prepare import prepare
 from onnxcompress.passes.quant.selection import Selection
 from onnxcompress.passes.quant.static import Static
-from onnxcompress.runtime import open_session
 from onnxcompress.search.goals import Goals
 
 _OF_THE_SEARCH = frozenset(
@@ -71,7 +69,9 @@ class StaticQuantizer:
         self._conditioned = Conditioned()
         self._ledger = Ledger()
         # Statistics leave padding out; times are taken on samples as they are.
-        self._statistics = self._without_padding()
+        self._statistics = unpadded(self._float, ctx)
+        if self._statistics is not ctx:
+            self._ledger.notes.append(NOTE)
         self._builder = Builder(self._work, options, self._statistics)
         self._mixer = Mixer(self._builder, options, self._statistics)
 
@@ -121,17 +121,6 @@ class StaticQuantizer:
             return (), ()
         refused = frozenset(n.name or "" for n in model.graph if self._selection.excluded(n))
         return quantize_embeddings(model, refused, options.min_sqnr_db)
-
-    def _without_padding(self) -> PassContext:
-        """The job with samples cut to what counts of them."""
-        samples = self._ctx.calibration
-        if samples is None:
-            return self._ctx
-        cut = without_padding(samples, lambda: open_session(self._float, self._ctx.session).run)
-        if cut is None:
-            return self._ctx
-        self._ledger.notes.append("Statistics leave out the padding that a mask input marks.")
-        return replace(self._ctx, calibration=cut)
 
     def _condition(self, chosen: frozenset[str]) -> None:
         """Smooth the float model where the outputs gain, and measure it anew."""

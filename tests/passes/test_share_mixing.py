@@ -13,7 +13,7 @@ from onnxcompress import model_io
 from onnxcompress.calibration.sources import Dataset, open_dataset
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.interface import input_specs
-from onnxcompress.passes.share import Assign, Codebook, ShareOptions, SharePass
+from onnxcompress.passes.share import Assign, Codebook, Packing, ShareOptions, SharePass
 from onnxcompress.passes.share.emit import code_bytes
 from onnxcompress.passes.share.mixing import chosen_bits, mixes
 from onnxcompress.passes.share.select import Weight, select
@@ -147,6 +147,7 @@ def test_integers_that_hurt_most_keep_their_bits(tmp_path: Path) -> None:
         ShareOptions(mixed=False),
         ShareOptions(assign=Assign.NEAREST),
         ShareOptions(codebook=Codebook.VECTOR),
+        ShareOptions(packing=Packing.BYTES),
     ],
 )
 def test_when_all_weights_have_the_same_bits(options: ShareOptions, tmp_path: Path) -> None:

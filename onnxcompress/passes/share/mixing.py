@@ -29,7 +29,7 @@ from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.share.emit import code_bytes
 from onnxcompress.passes.share.fit import fit_all
-from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
+from onnxcompress.passes.share.options import Assign, Codebook, Packing, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
 _SAMPLES = 32
@@ -46,9 +46,10 @@ _ROUNDS = 1
 
 
 def mixes(options: ShareOptions, ctx: PassContext) -> bool:
-    """Whether weights may get different numbers of bits."""
+    """Whether weights may get different numbers of bits; in whole bytes they would save nothing."""
     return (
         options.mixed
+        and options.packing is Packing.BITS
         and options.codebook is Codebook.SCALAR
         and options.assign is Assign.FEEDBACK
         and ctx.calibration is not None

@@ -53,7 +53,7 @@ class ShareOptions(PassOptions):
     mixed: bool = option(
         True,
         "give weights whose errors hurt the model's outputs most more bits, and others one bit "
-        "less; false: all have the same (codebook=scalar with assign=feedback)",
+        "less; false: all have the same (codebook=scalar with assign=feedback and packing=bits)",
     )
     margin: float = option(
         0.15,
@@ -99,7 +99,9 @@ class ShareOptions(PassOptions):
         minimum=1,
     )
     packing: Packing = option(
-        Packing.BITS, "bits: codes packed into bytes; bytes: one byte per code, loads faster"
+        Packing.BITS,
+        "bits: codes packed into bytes; bytes: one byte per code, loads faster (and all weights "
+        "have codes of as many bits, since fewer would save nothing)",
     )
     min_elements: int = option(512, "leave smaller tensors as they are", minimum=1)
     include: tuple[str, ...] = option(

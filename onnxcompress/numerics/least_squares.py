@@ -21,6 +21,7 @@ for accelerating very deep networks"; Hoerl and Kennard 1970, "Ridge regression"
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,8 @@ Indices = npt.NDArray[np.int64]
 
 UNDERFLOW = float(np.finfo(np.float32).tiny)
 """Mean square below which a moment summed in float32 holds no signal."""
-_PANEL = 128
-"""Rows solved at a time in the triangular solves; large enough for matrix products to dominate."""
+_PANEL = 64
+"""Rows solved at a time in the triangular solves, by the inverse of so small a triangle."""
 _CHUNKS = 16
 """A chunk of removals is this part of the units left."""
 
@@ -88,6 +89,10 @@ class Moments:
             covariance=self.covariance[np.ix_(columns, columns)],
             cross=self.cross[columns],
         )
+
+    def outputs(self, some: slice) -> Moments:
+        """The moments with some of the outputs alone."""
+        return dataclasses.replace(self, mean_y=self.mean_y[some], cross=self.cross[:, some])
 
     def uncentred(self) -> Moments:
         """The same moments about zero: what a consumer that has no bias must be fitted to."""
@@ -163,7 +168,7 @@ def solve_lower(factor: Array, right: Array) -> Array:
     for start in range(0, len(factor), _PANEL):
         rows = slice(start, start + _PANEL)
         rest = solution[rows] - factor[rows, :start] @ solution[:start]
-        solution[rows] = np.linalg.solve(factor[rows, rows], rest)
+        solution[rows] = np.linalg.inv(factor[rows, rows]) @ rest
     return solution
 
 
@@ -173,7 +178,7 @@ def solve_transposed(factor: Array, right: Array) -> Array:
     for start in reversed(range(0, len(factor), _PANEL)):
         rows, below = slice(start, start + _PANEL), slice(start + _PANEL, None)
         rest = solution[rows] - factor[below, rows].T @ solution[below]
-        solution[rows] = np.linalg.solve(factor[rows, rows].T, rest)
+        solution[rows] = np.linalg.inv(factor[rows, rows]).T @ rest
     return solution
 
 

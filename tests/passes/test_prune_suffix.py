@@ -57,8 +57,13 @@ def test_the_part_behind_a_layer_errs_as_the_whole_model_does(case: str, tmp_pat
                 variant = model_io.clone(model)
                 set_initializer(variant.graph, weight, new)
                 error = whole.error_of(variant)
+                part = probe.part(group)
+                if part is not None:
+                    set_initializer(part.graph, weight, new)
+                    assert probe.error_of(group, part) == pytest.approx(error, rel=1e-3)
                 if suffix is None:  # no floating-point output depends on it
                     assert error == 0.0
+                    assert part is None
                 else:
                     assert suffix.error_of({weight: new}) == pytest.approx(error, rel=1e-3)
                     measured += 1

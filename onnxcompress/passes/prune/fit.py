@@ -28,6 +28,8 @@ FOLDS = 4
 """Parts the samples are divided into."""
 _WIDE = 2048
 """Layers wider than this are judged by one half of the samples for the other, to save memory."""
+_JUDGED = 128
+"""Outputs of a layer by which its ridge is chosen at most; all share it."""
 _FALLBACK_RIDGE = 1e-1
 """Where there are too few samples to hold any out."""
 
@@ -233,6 +235,8 @@ def choose(folds: Sequence[Moments], prior: Array, bias: Array, ridge: float) ->
     """
     if len(folds) == 1:
         return ridge or _FALLBACK_RIDGE
+    some = slice(None, None, -(-len(prior) // _JUDGED))
+    folds, prior, bias = [m.outputs(some) for m in folds], prior[some], bias[some]
     splits = [(_sum([m for j, m in enumerate(folds) if j != i]), m) for i, m in enumerate(folds)]
 
     def energy(weights: Callable[[Moments], tuple[Array, Array]]) -> float:

@@ -19,9 +19,11 @@ MEMORY_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A stored array: its number, and its file where it lies on disk."""
+    """A stored array: its number, element type and shape, and its file where it lies on disk."""
 
     number: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
     path: Path | None
 
 
@@ -57,7 +59,7 @@ class ActivationStore:
         if array.dtype.hasobject or self._used + array.nbytes <= self._limit:
             self._held[self._count] = array
             self._used += array.nbytes
-            return Handle(self._count, None)
+            return Handle(self._count, array.dtype, array.shape, None)
         try:
             if self._folder is None:
                 folder = tempfile.mkdtemp(dir=self._work_dir, prefix="activations-")
@@ -71,7 +73,7 @@ class ActivationStore:
                 f"'{self._work_dir}': {error.strerror or error}",
                 hint="Make room there, or lower prune.samples.",
             ) from error
-        return Handle(self._count, path)
+        return Handle(self._count, array.dtype, array.shape, path)
 
     def get(self, handle: Handle) -> Array:
         """The array."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.calibration.dataset import Samples
 from onnxcompress.context import PassContext
 from onnxcompress.passes.prune.stages import Stage
 from onnxcompress.passes.prune.store import ActivationStore, Handle
@@ -42,7 +42,7 @@ class Stream:
         self,
         model: ir.Model,
         stages: Sequence[Stage],
-        data: Dataset,
+        data: Samples,
         ctx: PassContext,
         batch_size: int,
         store: ActivationStore,
@@ -137,9 +137,23 @@ class Stream:
     def _sample(self, name: str) -> Array:
         return self._store.get(self._batches[0].kept[name])
 
-    def feeds(self, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Array]]]:
+    @property
+    def counts(self) -> list[int]:
+        """Number of samples of each run, once the first stage is done."""
+        return [batch.count for batch in self._batches]
+
+    def shapes(
+        self, name: str, runs: slice = slice(None)
+    ) -> tuple[np.dtype[np.generic], list[tuple[int, ...]]]:
+        """Element type of a kept value and its shape in each run."""
+        handles = [batch.kept[name] for batch in self._batches[runs]]
+        return handles[0].dtype, [handle.shape for handle in handles]
+
+    def feeds(
+        self, names: Sequence[str], runs: slice = slice(None)
+    ) -> Iterator[tuple[int, dict[str, Array]]]:
         """The kept values of each run, with its number of samples."""
-        for batch in self._batches:
+        for batch in self._batches[runs]:
             yield batch.count, {n: self._store.get(batch.kept[n]) for n in names}
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ class SuffixProbe:
         ctx: How to run.
         layers: For each group its layers: names of the nodes and the initializers that may change.
             Groups are visited in this order.
+        text: What to call the work.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class SuffixProbe:
         whole: OutputProbe,
         ctx: PassContext,
         layers: Mapping[int, tuple[Sequence[str], Sequence[str]]],
+        text: str = "prune: running to the next channels",
     ) -> None:
-        self._model, self._whole, self._ctx = model, whole, ctx
+        self._model, self._whole, self._ctx, self._text = model, whole, ctx, text
         found = {g: _place(model, nodes, weights) for g, (nodes, weights) in layers.items()}
         self._places = {g: place for g, place in found.items() if place is not None}
         self._numbers = {g: i for i, g in enumerate(self._places, start=1)}
@@ -103,10 +105,10 @@ class SuffixProbe:
     def at(self, group: int) -> Suffix | None:
         """What lies behind the layers of a group; None where it cannot be run apart."""
         place = self._places.get(group)
-        if place is None or self._stream is None:
+        if place is None or self._stream is None or not self._can_be_fed(place.weights):
             return None
         try:
-            self._stream.advance(self._numbers[group], "prune: running to the next channels")
+            self._stream.advance(self._numbers[group], self._text)
             feeds = [found for _, found in self._stream.feeds(place.inputs)]
             part = self._stream.part(place.inputs, place.outputs, place.weights)
             session = open_session(part, self._ctx.session, work_dir=self._ctx.work_dir)
@@ -115,13 +117,43 @@ class SuffixProbe:
             return None
         return Suffix(session, feeds, self._whole.errors)
 
+    def part(self, group: int) -> ir.Model | None:
+        """A copy of what lies behind the layers of a group, them included, to be changed.
+
+        Nodes, values and initializers have the names that they have in the model. None where it
+        cannot be run apart.
+        """
+        place = self._places.get(group)
+        if place is None or self._stream is None:
+            return None
+        try:
+            self._stream.advance(self._numbers[group], self._text)
+            return self._stream.part(place.inputs, place.outputs)
+        except (MemoryError, ModelError, ValueError):
+            self.__exit__()
+            return None
+
+    def error_of(self, group: int, part: ir.Model) -> float:
+        """As :meth:`OutputProbe.error_of` for the model with :meth:`part` changed so.
+
+        Raises:
+            ModelError: If it does not run.
+        """
+        if self._stream is None:
+            raise ValueError("there is no part to run")
+        session = open_session(part, self._ctx.session, work_dir=self._ctx.work_dir)
+        runs = (session.run(feeds) for _, feeds in self._stream.feeds(self._places[group].inputs))
+        return self._whole.errors.of(runs)
+
+    def _can_be_fed(self, weights: Sequence[str]) -> bool:
+        values = [self._model.graph.initializers.get(name) for name in weights]
+        return bool(weights) and all(v is not None and v.dtype in _FED for v in values)
+
 
 def _place(model: ir.Model, nodes: Sequence[str], weights: Sequence[str]) -> _Place | None:
-    """What lies behind ``nodes``; None if that cannot be run with other weights."""
+    """What lies behind ``nodes``; None if no output that can be compared does."""
     graph = model.graph
     initializers = [graph.initializers.get(name) for name in weights]
-    if not weights or any(v is None or v.dtype not in _FED for v in initializers):
-        return None
     behind: set[ir.Value] = set()
     changed: list[ir.Node] = []
     names = set(nodes)

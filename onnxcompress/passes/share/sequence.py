@@ -38,6 +38,7 @@ from onnxcompress.numerics.least_squares import (
     residual_energy,
 )
 from onnxcompress.passes._residual import residual_target, trace
+from onnxcompress.passes._staged import Staged
 from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.jobs import RIDGES
 from onnxcompress.passes.prune.samples import split
@@ -97,28 +98,36 @@ def fit_in_steps(
     parts = [part for part in split(ctx.calibration) if part is not None]
     by_node = {layers[w.name].node: w for w in weights if _treatable(w, layers)}
     order = [node.name or "" for node in model.graph if node.name in by_node]
+    steps = _steps(order, options.steps)
+    found = [
+        _layers(model, order, steps[:i], names, by_node, layers) for i, names in enumerate(steps)
+    ]
+    requests = [[layer.request for layer in step] for step in found]
+    names = dict.fromkeys(
+        n for step in found for layer in step for n in (layer.weight.name, layer.consumer.bias) if n
+    )
     done: dict[str, Fitted] = {}
-    for number, names in enumerate(_steps(order, options.steps), start=1):
-        found = {name: _layer(model, by_node[name], layers, order, done, names) for name in names}
-        text = f"share: fitting codebooks, step {number} of {options.steps}"
-        results = [
-            dataclasses.replace(ctx, calibration=part).collect(
-                model,
-                [one.request for one in found.values()],
-                reference=reference,
-                description=text,
-            )
-            for part in parts
-        ]
-        for layer in found.values():
-            own = bits[layer.weight.name]
-            fitted = _fit(model, layer, [r[layer.request] for r in results], options, own)
-            done[layer.weight.name] = fitted
-            set_initializer(model.graph, layer.weight.name, fitted.tensor())
-            if fitted.shift is not None:
-                bias = layer.consumer.bias_vector(model) + fitted.shift
-                layer.consumer.write_bias(model, bias)
+    with Staged(model, reference, requests, names, parts, ctx) as staged:
+        for number, step in enumerate(found):
+            text = f"share: fitting codebooks, step {number + 1} of {len(found)}"
+            results = staged.measure(number, text)
+            with ctx.progress.task(text, len(step)) as task:
+                for layer in step:
+                    name = layer.weight.name
+                    own = [r[layer.request] for r in results]
+                    done[name] = _fit(model, layer, own, options, bits[name])
+                    _write((staged.model, model), layer.consumer, done[name])
+                    task.advance()
     return done
+
+
+def _write(models: Sequence[ir.Model], layer: Consumer, fitted: Fitted) -> None:
+    """Give a layer the values that the codes stand for, and its new bias."""
+    bias = layer.bias_vector(models[0])
+    for model in models:
+        set_initializer(model.graph, fitted.weight.name, fitted.tensor())
+        if fitted.shift is not None:
+            layer.write_bias(model, bias + fitted.shift)
 
 
 def _treatable(weight: Weight, layers: Mapping[str, Consumer]) -> bool:
@@ -132,38 +141,40 @@ def _steps(order: Sequence[str], count: int) -> list[Sequence[str]]:
     return [order[a:b] for a, b in itertools.pairwise(bounds) if a < b]
 
 
-def _layer(
+def _layers(
     model: ir.Model,
-    weight: Weight,
-    layers: Mapping[str, Consumer],
     order: Sequence[str],
-    done: Mapping[str, Fitted],
+    before: Sequence[Sequence[str]],
     step: Sequence[str],
-) -> _Layer:
-    consumer = layers[weight.name]
+    by_node: Mapping[str, Weight],
+    layers: Mapping[str, Consumer],
+) -> list[_Layer]:
+    """The layers of a step, when those of the steps ``before`` it have changed."""
     flow = trace(model, {n.name or "" for n in model.graph}, {n: i for i, n in enumerate(order)})
-    changed = {layers[name].node for name in done}
+    changed = {name for names in before for name in names}
     for node in model.graph:  # here the weights differ, not the nodes
         if node.name in changed or any(v in flow.touched for v in node.inputs):
             flow.touched.update(node.outputs)
-    node = next(n for n in model.graph if n.name == consumer.node)
-    target = residual_target(node, consumer.output, flow, order.index(consumer.node))
-    upstream = 0 if node.inputs[0] is None else flow.jobs.get(node.inputs[0], 0)
-    if target.shortcut is not None:
-        upstream |= flow.jobs.get(target.shortcut, 0)
-    stale = any(upstream >> order.index(name) & 1 for name in step)
-    return _Layer(
-        weight,
-        consumer,
-        CrossMomentsRequest(
+    nodes = {n.name or "": n for n in model.graph}
+    found = []
+    for name in step:
+        weight = by_node[name]
+        consumer = layers[weight.name]
+        target = residual_target(nodes[name], consumer.output, flow, order.index(name))
+        data = nodes[name].inputs[0]
+        upstream = 0 if data is None else flow.jobs.get(data, 0)
+        if target.shortcut is not None:
+            upstream |= flow.jobs.get(target.shortcut, 0)
+        request = CrossMomentsRequest(
             consumer.data,
             consumer.unfold,
             target.terms,
             consumer.target_axis,
             row_limit(consumer.width),
-        ),
-        stale,
-    )
+        )
+        stale = any(upstream >> order.index(other) & 1 for other in step)
+        found.append(_Layer(weight, consumer, request, stale))
+    return found
 
 
 def _fit(

@@ -8,6 +8,7 @@ alone is replaced. :func:`onnxcompress.numerics.allocation.allocate` then spends
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import math
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress import model_io
 from onnxcompress.calibration.dataset import Dataset
 from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
@@ -30,12 +30,13 @@ from onnxcompress.passes.prune.options import Budget, Measure
 from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.svd.candidates import Candidate, Menu, Places, saved
-from onnxcompress.passes.svd.emit import Writer, bias_vector
+from onnxcompress.passes.svd.emit import bias_vector
 from onnxcompress.passes.svd.importance import output_metrics
 from onnxcompress.passes.svd.moments import Array, Measured, batches, plain, whitened
 from onnxcompress.passes.svd.options import SvdOptions
 from onnxcompress.passes.svd.sites import Site, find_sites
 from onnxcompress.passes.svd.timing import Stopwatch
+from onnxcompress.passes.svd.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +135,22 @@ class Planner:
         groups = list(batches(sites))
         menus: dict[Site, tuple[Menu, Measured]] = {}
         offers: list[_Offer] = []
-        ranking, probe = self._probe()
-        for number, group in enumerate(groups, start=1):
-            part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
-            with self._ctx.progress.task(f"svd: ranking layers{part}", len(group)) as task:
-                for site, measured in self._measure(group, ranking):
-                    menu = self._menu(site, measured)
-                    offer = self._offer(menu, measured, probe)
-                    if offer is not None:
-                        offers.append(offer)
-                    if len(groups) == 1 and ranking is self._ctx:
-                        menus[site] = (menu, measured)
-                    task.advance()
+        ranking, whole = self._probe()
+        with contextlib.ExitStack() as stack:
+            trial = None
+            if whole is not None:
+                trial = stack.enter_context(Trial(self._model, whole, self._ctx, sites))
+            for number, group in enumerate(groups, start=1):
+                part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+                with self._ctx.progress.task(f"svd: ranking layers{part}", len(group)) as task:
+                    for site, measured in self._measure(group, ranking):
+                        menu = self._menu(site, measured)
+                        offer = self._offer(menu, measured, trial)
+                        if offer is not None:
+                            offers.append(offer)
+                        if len(groups) == 1 and ranking is self._ctx:
+                            menus[site] = (menu, measured)
+                        task.advance()
         chosen = self._choose(offers)
         losses = {o.site: o.scale for o in offers}
         entries = []
@@ -232,7 +237,7 @@ class Planner:
             return self._ctx, probe
         return dataclasses.replace(self._ctx, calibration=fitting), probe
 
-    def _offer(self, menu: Menu, measured: Measured, probe: OutputProbe | None) -> _Offer | None:
+    def _offer(self, menu: Menu, measured: Measured, trial: Trial | None) -> _Offer | None:
         site, options, budget = menu.site, self._options, self._options.budget
         if budget is not None:
             candidates = menu.candidates(budget.measure)
@@ -247,15 +252,15 @@ class Planner:
             self._skips.append(Skip(site.node, site.op_type, _no_chain(site, options)))
             return None
         scale = 1.0
-        if probe is not None and budget is not None:
-            scale = self._scale(menu, measured, probe, candidates, budget)
+        if trial is not None and budget is not None:
+            scale = self._scale(menu, measured, trial, candidates, budget)
         return _Offer(site, tuple(candidates), scale)
 
     def _scale(
         self,
         menu: Menu,
         measured: Measured,
-        probe: OutputProbe,
+        trial: Trial,
         candidates: Sequence[Candidate],
         budget: Budget,
     ) -> float:
@@ -267,9 +272,7 @@ class Planner:
         if tried.loss <= 0:
             return 1.0
         chains = menu.chains(tried)
-        variant = model_io.clone(self._model)
-        Writer(variant).write(site, chains, self._bias(site, measured, chains))
-        return probe.error_of(variant) / tried.loss
+        return trial.error_of(site, chains, self._bias(site, measured, chains)) / tried.loss
 
     def _bias(self, site: Site, measured: Measured, chains: Sequence[Chain]) -> Array | None:
         """The bias that makes up for the mean of what the chain misses."""

@@ -41,6 +41,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.numerics.least_squares import Moments, approximated, regress, residual_energy
 from onnxcompress.numerics.low_rank import Chain, Metric, Spectrum
 from onnxcompress.passes._residual import Flow, residual_target, trace
+from onnxcompress.passes._staged import Staged
 from onnxcompress.passes.prune.consumers import MAX_WIDTH, Consumer, Layers
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.score import row_limit
@@ -101,6 +102,13 @@ class _Job:
         layer = self.layer
         return layer.site.kernel.width if isinstance(layer, Written) else layer.width
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Initializers that it may give new values."""
+        layer = self.layer
+        weights = layer.factors if isinstance(layer, Written) else (layer.weight,)
+        return weights if layer.bias is None else (*weights, layer.bias)
+
     def request(self) -> CrossMomentsRequest:
         """The statistics it needs."""
         layer = self.layer
@@ -135,23 +143,21 @@ def recover(
         raise DataError("recovery needs calibration data and the job has none")
     parts = [part for part in split(ctx.calibration) if part is not None]
     levels = _levels(model, reference, written, options)
+    requests = [{job.layer: job.request() for job in level} for level in levels]
+    names = dict.fromkeys(name for level in levels for job in level for name in job.written)
     done: list[Refit] = []
-    for number, level in enumerate(levels, start=1):
-        requests = {job.layer: job.request() for job in level}
-        text = f"svd: refitting layers, step {number} of {len(levels)}"
-        found = [
-            dataclasses.replace(ctx, calibration=part).collect(
-                model, requests.values(), reference=reference, description=text
-            )
-            for part in parts
-        ]
-        for job in level:
-            results = [s[requests[job.layer]] for s in found]
-            if isinstance(job.layer, Written):
-                metric = metrics.get(job.layer.site)
-                done.append(_refit_chain(model, reference, job, results, metric, options))
-            else:
-                done.append(_refit_whole(model, job.layer, results, options))
+    with Staged(model, reference, [[*r.values()] for r in requests], names, parts, ctx) as staged:
+        for number, level in enumerate(levels):
+            text = f"svd: refitting layers, step {number + 1} of {len(levels)}"
+            found = staged.measure(number, text)
+            models = (staged.model, model)
+            for job in level:
+                results = [s[requests[number][job.layer]] for s in found]
+                if isinstance(job.layer, Written):
+                    metric = metrics.get(job.layer.site)
+                    done.append(_refit_chain(models, reference, job, results, metric, options))
+                else:
+                    done.append(_refit_whole(models, job.layer, results, options))
     return done
 
 
@@ -206,7 +212,7 @@ def _target(
 
 
 def _refit_chain(
-    model: ir.Model,
+    models: Sequence[ir.Model],
     reference: ir.Model,
     job: _Job,
     results: Sequence[CrossMomentsResult],
@@ -236,18 +242,19 @@ def _refit_chain(
         made = found.stored
         if metric is not None:
             made, shift = [metric.undo(c) for c in made], metric.inverse @ shift
-        chain.store(model, made, shift)
+        for model in models:
+            chain.store(model, made, shift)
     return Refit(site.node, site.op_type, ridge, _rows(results, site.kernel.width), False)
 
 
 def _refit_whole(
-    model: ir.Model,
+    models: Sequence[ir.Model],
     layer: Consumer,
     results: Sequence[CrossMomentsResult],
     options: SvdOptions,
 ) -> Refit:
-    weight = layer.matrix(model)
-    bias = layer.bias_vector(model)
+    weight = layer.matrix(models[0])
+    bias = layer.bias_vector(models[0])
     share = layer.outputs // layer.groups
     ridges: list[float | None] = []
     for g in range(layer.groups):
@@ -267,7 +274,8 @@ def _refit_whole(
         weight[g], bias[rows] = found.dense, shift
     used = [r for r in ridges if r is not None]
     if used:
-        layer.write(model, weight, bias)
+        for model in models:
+            layer.write(model, weight, bias)
     rows_seen = _rows(results, layer.width)
     return Refit(layer.node, layer.op_type, min(used) if used else None, rows_seen, True)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 Positions = npt.NDArray[np.int64]
 Units = npt.NDArray[np.int64]
@@ -182,6 +183,8 @@ class Coupling:
             axis without units. Values without units are absent.
         macs: The multiply-accumulates of the model as products of axis lengths.
         ports: Where cells of states of the interface are read and written.
+        shapes: Value name to its lengths for two sets of lengths of the model's inputs, one after
+            the other. Values of the main graph of unknown shape are absent.
     """
 
     groups: tuple[Group, ...]
@@ -189,6 +192,12 @@ class Coupling:
     axes: Mapping[str, tuple[Units | None, ...]] = field(default_factory=dict, repr=False)
     macs: tuple[MacsTerm, ...] = field(default=(), repr=False)
     ports: tuple[Port, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def same_shape(self, left: ir.Value, right: ir.Value) -> bool:
+        """Whether two values are known to have one shape on all inputs."""
+        lengths = self.shapes.get(left.name or "")
+        return lengths is not None and lengths == self.shapes.get(right.name or "")
 
     @property
     def offsets(self) -> Units:

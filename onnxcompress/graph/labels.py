@@ -16,6 +16,7 @@ labels per position instead of a graph of layers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -70,7 +71,18 @@ def analyse(
             break
         for choice in failed:
             rejected[choice.node] = rejected.get(choice.node, frozenset()) | {choice.choice}
-    return group_units(spread, found)
+    return dataclasses.replace(group_units(spread, found), shapes=_concrete(model, shapes))
+
+
+def _concrete(model: ir.Model, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The lengths of all values of the main graph in both probes, where they are known."""
+    found: dict[str, tuple[int, ...]] = {}
+    first, second = shapes.probes
+    for value in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs)):
+        lengths = (*first.get(value, (None,)), *second.get(value, (None,)))
+        if value.name and None not in lengths:
+            found[value.name] = tuple(n for n in lengths if n is not None)
+    return found
 
 
 def _states(model: ir.Model, shapes: Shapes, *, head_dims: bool) -> list[State]:

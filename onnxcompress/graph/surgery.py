@@ -5,9 +5,10 @@ the positions of these units by zero (for RNNs also the columns of the recurrent
 the cells one step later), and so where a state leaves the model. :func:`mask` builds that model,
 :func:`remove` the small one.
 
-Cutting first lets every node that touches a removed position mend its own attributes and shape
-constants (each gets private ones), then deletes the positions from the initializers, then updates
-the recorded shapes. The shrink rules see masks from before the cut, so their order does not matter.
+Cutting first takes out what groups that lose all of their units leave without use. Then every node
+that touches a removed position mends its own attributes and shape constants (each gets private
+ones), the positions are deleted from the initializers, and the recorded shapes are updated. The
+shrink rules see masks from before the cut, so their order does not matter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from onnxcompress.errors import ModelError, UsageError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.cost import Shape
 from onnxcompress.graph.coupling import Coupling, Units
+from onnxcompress.graph.emptying import RefusedError, whole
+from onnxcompress.graph.hollow import hollow
 from onnxcompress.graph.macs import MacsModel
 from onnxcompress.graph.naming import Namer
 from onnxcompress.graph.ports import mask_ports, open_ports
@@ -136,16 +139,20 @@ def remove(model: ir.Model, coupling: Coupling, removed: Mapping[int, Units]) ->
         removed: Group index to unit numbers.
 
     Raises:
-        UsageError: If a group would lose its last unit.
+        UsageError: If a group would lose its last unit and cannot do without.
         ModelError: If the model is not the one that was analysed.
     """
-    for index, units in removed.items():
-        group = coupling.groups[index]
-        if len(np.unique(units)) >= group.size:
+    emptied = whole(coupling, removed)
+    if emptied:
+        try:
+            coupling = hollow(model, coupling, emptied)
+        except RefusedError as error:
+            group = coupling.groups[emptied[0]]
             raise UsageError(
-                f"group {index} ('{group.name}') would lose all of its {group.size} units",
-                hint="At least one unit of every group has to stay.",
-            )
+                f"group {group.index} ('{group.name}') would lose all of its {group.size} units: "
+                f"{error}",
+                hint="At least one unit has to stay.",
+            ) from error
     masks: Masks = _masks(coupling, removed)
     if not masks:
         return

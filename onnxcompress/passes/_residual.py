@@ -60,6 +60,67 @@ def trace(changed: ir.Model, original: set[str], order: Mapping[str, int]) -> Fl
 
 
 @dataclass(frozen=True, slots=True)
+class Detour:
+    """The way around branches of the changed model that are gone: sums with nothing.
+
+    Attributes:
+        dead: Names of nodes that nothing needs any longer.
+        silent: Names of values that are zero.
+    """
+
+    dead: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+
+    def readers(self, value: ir.Value) -> list[tuple[ir.Node, int]]:
+        """The nodes, with the number of their input, that read a value and are not gone."""
+        return [(u.node, u.idx) for u in value.uses() if not self._gone(u.node)]
+
+    def _gone(self, node: ir.Node) -> bool:
+        """Whether a node is dead, or (a mask) read by dead nodes alone."""
+        if not self.dead or node.name in self.dead:
+            return bool(self.dead)
+        uses = [u for o in node.outputs for u in o.uses()]
+        return bool(uses) and all(u.node.name in self.dead for u in uses)
+
+    def beyond(self, value: ir.Value) -> ir.Value:
+        """The last value that ``value`` alone decides, as sums with nothing follow upon it.
+
+        Behind an activation that is applied once more after the sum, that is the later sum.
+        """
+        while self.silent:
+            follower = self._sum(value)
+            if follower is None and (relu := self._relu(value)) is not None:
+                later = self._sum(relu)
+                while later is not None and (after := self._sum(later)) is not None:
+                    later = after
+                if later is not None and self._relu(later) is not None:
+                    follower = later
+            if follower is None:
+                break
+            value = follower
+        return value
+
+    def _reader(self, value: ir.Value, op_type: str) -> tuple[ir.Node, int] | None:
+        readers = self.readers(value)
+        if len(readers) != 1 or value.is_graph_output() or readers[0][0].op_type != op_type:
+            return None
+        return readers[0]
+
+    def _relu(self, value: ir.Value) -> ir.Value | None:
+        use = self._reader(value, "Relu")
+        return None if use is None else use[0].outputs[0]
+
+    def _sum(self, value: ir.Value) -> ir.Value | None:
+        """The sum of ``value`` with nothing that is all that reads it."""
+        use = self._reader(value, "Add")
+        if use is None:
+            return None
+        node, index = use
+        other = node.inputs[1 - index]
+        return node.outputs[0] if other is not None and other.name in self.silent else None
+
+
+@dataclass(frozen=True, slots=True)
 class ResidualTarget:
     """What to fit a layer to.
 
@@ -68,14 +129,18 @@ class ResidualTarget:
         result: The value of the changed model that should then equal the original's: the layer's
             output, or the sum.
         shortcut: The value subtracted, in the changed model; None where there is none.
+        moved: Whether the layer has to do the work of branches that are gone.
     """
 
     terms: tuple[tuple[str, float], ...]
     result: ir.Value
     shortcut: ir.Value | None = None
+    moved: bool = False
 
 
-def residual_target(node: ir.Node, output_name: str, flow: Flow, index: int) -> ResidualTarget:
+def residual_target(
+    node: ir.Node, output_name: str, flow: Flow, index: int, detour: Detour | None = None
+) -> ResidualTarget:
     """The original's output, or, before a residual Add, the original's sum less today's shortcut.
 
     The shortcut must not depend on layers that are refitted later: of two branches that meet, the
@@ -84,16 +149,27 @@ def residual_target(node: ir.Node, output_name: str, flow: Flow, index: int) -> 
     output = node.outputs[0]
     if output.name != output_name:  # the bias is an Add of its own
         output = next(iter(output.uses())).node.outputs[0]
-    plain = ResidualTarget(((REFERENCE_PREFIX + output_name, 1.0),), output)
-    uses = list(output.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add" or output.is_graph_output():
+    detour = detour or Detour()
+    final = detour.beyond(output)
+    moved = final is not output
+    plain = ResidualTarget(((f"{REFERENCE_PREFIX}{final.name}", 1.0),), final, moved=moved)
+    if moved:
+        output = final
+    else:
+        plain = ResidualTarget(((REFERENCE_PREFIX + output_name, 1.0),), output)
+    uses = detour.readers(output)
+    if len(uses) != 1 or uses[0][0].op_type != "Add" or output.is_graph_output():
         return plain
-    add = uses[0].node
-    shortcut = add.inputs[1 - uses[0].idx]
-    if shortcut is None or shortcut not in flow.touched or shortcut.shape is None:
+    add, place = uses[0]
+    shortcut = add.inputs[1 - place]
+    if shortcut is None or shortcut.shape is None or shortcut.shape != output.shape:
         return plain
-    if shortcut.shape != output.shape or flow.jobs.get(shortcut, 0) >> index:
+    if flow.jobs.get(shortcut, 0) >> index:
         return plain
     total = add.outputs[0]
-    terms = ((f"{REFERENCE_PREFIX}{total.name}", 1.0), (shortcut.name or "", -1.0))
-    return ResidualTarget(terms, total, shortcut)
+    final = detour.beyond(total)
+    moved = moved or final is not total
+    if shortcut not in flow.touched and not moved:
+        return plain
+    terms = ((f"{REFERENCE_PREFIX}{final.name}", 1.0), (shortcut.name or "", -1.0))
+    return ResidualTarget(terms, final, shortcut, moved)

@@ -100,6 +100,11 @@ class Fitting:
         self._bias = job.consumer.bias_vector(model)
         self._parts = list(self._places())
 
+    @property
+    def _bereft(self) -> bool:
+        """Whether no input is left, and the bias is all there is."""
+        return not self._job.inputs.any() and self._job.consumer.bias is not None
+
     def _places(self) -> list[_Part]:
         consumer, job = self._job.consumer, self._job
         share = consumer.outputs // consumer.groups
@@ -197,7 +202,7 @@ class Fitting:
         self, part: _Part, own: Sequence[Sums], cross: Sequence[Sums], known: float | None
     ) -> float | None:
         """Write the new weights of one group; what ridge they have, as in :class:`Refit`."""
-        if not len(part.rows) or not len(part.columns):
+        if not len(part.rows) or not (len(part.columns) or self._bereft):
             return None
         moments = [_moments(o, c, part) for o, c in zip(own, cross, strict=True) if o.own.count]
         if self._job.consumer.bias is None:
@@ -205,6 +210,9 @@ class Fitting:
         if not moments:
             return None
         absolute = self._absolute(part)
+        if self._bereft:
+            self._bias[absolute] = _sum(moments).mean_y
+            return np.inf
         place = np.ix_(part.rows, part.columns)
         prior = self._weight[part.group][place]
         chosen = known

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxcompress.calibration.statistics import ConvUnfold
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.passes._residual import residual_target, trace
+from onnxcompress.passes.prune.branches import Branches
 from onnxcompress.passes.prune.clipping import Bounds, bounds_of
 from onnxcompress.passes.prune.consumers import Consumer, Layers, UnsupportedError
 from onnxcompress.passes.prune.norms import Norm, norm_of
@@ -127,13 +128,18 @@ def jobs_of(
     kept: npt.NDArray[np.bool_],
     layers: Layers,
     everything: bool,
+    branches: Branches,
 ) -> tuple[list[list[Task]], dict[str, str]]:
     """The layers to refit, in levels that do not depend on one another, and those that cannot be.
 
     A layer is refitted if it lost inputs, or if the shortcut that its output is added to changed;
     with ``everything``, also if only the values of its inputs changed. So is a recurrent layer that
-    lost inputs or cells, and a BatchNormalization whose inputs changed.
+    lost inputs or cells, and a BatchNormalization whose inputs changed. A layer that lost all
+    inputs gets a bias alone, or is left out with its branch.
     """
+    emptied = branches.emptied
+    gone = emptied.dead | branches.hushed
+    detour = branches.detour(masked)
     consumers = {n: c for n, c in layers.consumers.items() if c.obstacle is None}
     nodes = {n.name or "": n for n in masked.graph}
     found = {n.name or "": norm_of(n, nodes[n.name or ""]) for n in model.graph}
@@ -155,8 +161,10 @@ def jobs_of(
 
     for index, name in enumerate(names):
         data = nodes[name].inputs[0]
+        if name in gone:
+            continue
         if name in norms:
-            if data in flow.touched:
+            if data in flow.touched and nodes[name].outputs[0].name not in emptied.constants:
                 add(norms[name], index, flow.jobs.get(data, 0) if data is not None else 0)
             continue
         if name in recurrent:
@@ -170,16 +178,18 @@ def jobs_of(
                 )
             continue
         consumer = consumers[name]
-        target = residual_target(nodes[name], consumer.output, flow, index)
+        target = residual_target(nodes[name], consumer.output, flow, index, detour)
         axis = 1 if isinstance(consumer.unfold, ConvUnfold) else consumer.target_axis
         channels = consumer.width // consumer.taps * consumer.groups
         inputs = staying(coupling, kept, consumer.data, axis, channels)
-        lost = not inputs.all() or target.shortcut is not None
+        lost = not inputs.all() or target.shortcut is not None or target.moved
         if data is None or not (lost or (everything and data in flow.touched)):
             continue
         before = flow.jobs.get(data, 0)
         if target.shortcut is not None:
             before |= flow.jobs.get(target.shortcut, 0)
+        if name in emptied.layers:
+            inputs = np.zeros_like(inputs)
         outputs = staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs)
         bounds = bounds_of(target.result)
         job = Job(consumer, data.name or "", target.terms, inputs, outputs, bounds)
@@ -188,7 +198,7 @@ def jobs_of(
     untreated = {
         name: refused.get(name, layers.obstacle(name))
         for name, node in nodes.items()
-        if name in contractions and any(v in flow.touched for v in node.inputs)
+        if name in contractions - gone and any(v in flow.touched for v in node.inputs)
     }
     return levels, untreated
 

@@ -137,6 +137,11 @@ class PruneOptions(PassOptions):
     min_kept: float = option(
         0.125, "Fraction of the units of every group that always stays.", minimum=0.0, maximum=1.0
     )
+    branches: bool = option(
+        True,
+        "Let whole groups go where the model can do without, so that residual branches disappear; "
+        "limits protects what it names.",
+    )
     include: tuple[str, ...] = option(
         (), "Prune only channels made by a node or weight of one of these names (wildcards *, ?)."
     )

@@ -189,7 +189,9 @@ def _add_biases(model: ir.Model) -> tuple[str, ...]:
 def _drop_zero_biases(model: ir.Model, added: Sequence[str]) -> None:
     """Take back the biases of :func:`_add_biases` that nothing was put into."""
     for name in added:
-        value = model.graph.initializers[name]
+        value = model.graph.initializers.get(name)
+        if value is None:  # gone with its branch
+            continue
         array = constant_of(value)
         if array is None or np.any(array):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -47,6 +47,7 @@ def rank_with_data(
     options: PruneOptions,
     ctx: PassContext,
     removed: Mapping[int, Indices],
+    branches: Collection[int] = (),
 ) -> list[Ranking]:
     """Rankings of all groups, with curves scaled by the measured change of the model's outputs.
 
@@ -58,6 +59,7 @@ def rank_with_data(
         options: The criterion.
         ctx: The job; it has calibration data.
         removed: Units already removed; they come first in every order.
+        branches: Groups all of whose units may go.
     """
     readers = {g.index: readers_of(g, consumers) for g in groups}
     if ctx.calibration is None:
@@ -69,7 +71,7 @@ def rank_with_data(
     ctx = dataclasses.replace(ctx, calibration=fitting)
     masked = mask(model, coupling, removed)
     whole = OutputProbe(masked, fitting if held_out is None else held_out, ctx)
-    state = State(model, coupling, coupling.kept(removed), removed, whole)
+    state = State(model, coupling, coupling.kept(removed), removed, whole, frozenset(branches))
     places = {n.name: i for i, n in enumerate(masked.graph)}
     ordered = sorted(groups, key=lambda g: min((places.get(s.node, 0) for s in g.sinks), default=0))
     layers = {g.index: _layers(coupling, g, readers[g.index]) for g in ordered}

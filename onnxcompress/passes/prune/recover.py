@@ -31,6 +31,7 @@ from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
 from onnxcompress.passes.base import Change
+from onnxcompress.passes.prune.branches import Branches
 from onnxcompress.passes.prune.budget import Removed
 from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.fit import (
@@ -91,9 +92,13 @@ def recover(
         ctx: The job; it has calibration data.
         effort: How exactly to fit.
     """
+    branches = Branches.of(model, coupling, removed, layers)
+    branches.hush(model, layers)
     masked = mask(model, coupling, removed)
     kept = coupling.kept(removed)
-    levels, untreated = jobs_of(model, masked, coupling, kept, layers, options.recover_all)
+    levels, untreated = jobs_of(
+        model, masked, coupling, kept, layers, options.recover_all, branches
+    )
     both = _Both.of(
         masked, reference, [n for level in levels for job in level for n in job.written]
     )

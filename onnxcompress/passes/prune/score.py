@@ -186,6 +186,7 @@ class State:
         kept: Which units stay, as :meth:`Coupling.kept`.
         removed: Units already removed, by group.
         probe: Measures how far outputs are from those without the units already removed.
+        branches: Groups all of whose units may go.
     """
 
     model: ir.Model
@@ -193,6 +194,7 @@ class State:
     kept: npt.NDArray[np.bool_]
     removed: Mapping[int, Indices]
     probe: OutputProbe
+    branches: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +220,16 @@ class Scored:
         losses[: len(gone)] = 0.0
         scales: dict[int, float] = {}
         left = self.group.size - len(gone)
-        for share in _PROBED:
+        for share in (*_PROBED, 1.0) if self._whole else _PROBED:
             count = len(gone) + max(1, min(int(left * share), len(order) - len(gone)))
             if count < len(losses) and losses[count] > 0 and count not in scales:
                 scales[count] = self._measured(order[:count], options, suffix) / losses[count]
         return Ranking(self.group, order, losses * between(scales, len(losses)), basis)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all units may go."""
+        return self.group.index in self.state.branches
 
     def _measured(self, removed: Indices, options: PruneOptions, suffix: Suffix | None) -> float:
         """The error of the model's outputs when ``removed`` are gone from this group."""
@@ -254,7 +261,7 @@ class Scored:
         criterion = options.importance
         blocks = [b for r in self.readers for b in self._blocks(r)]
         if criterion in {Importance.AUTO, Importance.OBS} and blocks:
-            found = eliminate(blocks)
+            found = eliminate(blocks, keep=0 if self._whole else 1)
             if options.recover:
                 return found.order, found.errors, Importance.OBS.value
             return found.order, removal_energy(blocks, found.order), Importance.OBS.value
@@ -267,9 +274,10 @@ class Scored:
             )
             order, losses = rank_by_weights(self.model, self.group, criterion, seed)
         if blocks:
-            order = order[: self.group.size - 1]
+            keep = 0 if self._whole else 1
+            order = order[: self.group.size - keep]
             losses = (
-                eliminate(blocks, order=order).errors
+                eliminate(blocks, keep=keep, order=order).errors
                 if options.recover
                 else removal_energy(blocks, order)
             )
@@ -326,7 +334,8 @@ class Scored:
                 for g, columns in reader.columns:
                     gone = columns[removed].ravel()
                     kept = np.setdiff1d(np.arange(consumer.width), gone)
-                    fitted[g][:, kept] = best_fit(moment[g], weight[g], kept)
+                    if len(kept):
+                        fitted[g][:, kept] = best_fit(moment[g], weight[g], kept)
                 shift = np.einsum("god,gd->go", weight - fitted, mean).reshape(-1)
             stored |= consumer.stored(self.model, fitted, consumer.bias_vector(self.model) + shift)
         return stored

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
 from onnxcompress.graph.coupling import Coupling, Group
+from onnxcompress.graph.emptying import Emptying, RefusedError, whole
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
 from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, Skip
@@ -54,6 +55,8 @@ class Work:
         self.groups, self._excluded = filtered(coupling.groups, options)
         self._kept = fixed(self.groups, options)
         self._totals = totals_of(self.groups, options.parsed_total, self._kept)
+        self._emptying = Emptying(model, coupling)
+        self._branches = self._joint() if options.branches else frozenset()
 
     def op_type(self, node: str) -> str:
         """Operator of a node; "" for an initializer."""
@@ -71,15 +74,42 @@ class Work:
         align = options.align or self.ctx.target.channel_alignment
         step = unit_step(group.size, width_of(group), align, strict=options.align > 0)
         kept = self._kept.get(group.index)
+        whole_too = (group.size,) if group.index in self._branches else ()
         if kept is not None:
-            every = allowed_counts(group.size, step, 0.0)
+            every = (*allowed_counts(group.size, step, 0.0), *(() if kept else whole_too))
             wanted = (1 - kept) * group.size * part
             nearest = min(every, key=lambda n: (abs(n - wanted), n))
             return (0, nearest) if nearest else (0,)
         if options.budget is None and not self._in_total(group):
             return (0,)
         limits = [limit.kept for limit in options.parsed_limits if limit.matches(names_of(group))]
-        return allowed_counts(group.size, step, max(limits, default=options.min_kept))
+        if limits:
+            return allowed_counts(group.size, step, max(limits))
+        return (*allowed_counts(group.size, step, options.min_kept), *whole_too)
+
+    def _joint(self) -> frozenset[int]:
+        """Groups that may all lose all of their units at once, the smallest first."""
+        found: list[int] = []
+        for group in sorted(self.groups, key=lambda g: len(g.sinks)):
+            if group.size < 2 or self._emptying.reason(group.index) is not None:
+                continue
+            try:
+                self._emptying.of((*found, group.index))
+            except RefusedError:
+                continue
+            found.append(group.index)
+        return frozenset(found)
+
+    def _closed(self, units: dict[int, Indices]) -> dict[int, Indices]:
+        """Units to remove, with those of groups that nothing reads any longer."""
+        emptied = whole(self.coupling, units)
+        if not emptied:
+            return units
+        try:
+            implied = self._emptying.of(emptied).implied
+        except RefusedError:  # each may go, and all of them, but not these together
+            return units | {g: units[g][:-1] for g in emptied}
+        return units | {g: np.arange(self.coupling.groups[g].size) for g in implied}
 
     def _in_total(self, group: Group) -> bool:
         """Whether ``prune.total`` names the group."""
@@ -87,7 +117,11 @@ class Work:
 
     def rank(self, removed: Mapping[int, Indices]) -> list[Ranking]:
         """The order of removal of all groups that can lose units at all, after ``removed``."""
-        groups = [g for g in self.groups if len(self.counts(g)) > 1]
+        groups = [
+            g
+            for g in self.groups
+            if len(self.counts(g)) > 1 and len(removed.get(g.index, ())) < g.size
+        ]
         if not groups:
             return []
         if self.ctx.calibration is None:
@@ -100,6 +134,7 @@ class Work:
             self.options,
             self.ctx,
             removed,
+            self._branches,
         )
         return self._with_unseen(found, removed)
 
@@ -157,7 +192,8 @@ class Work:
         orders = {r.group.index: r.order for r in rankings}
 
         def taken(counts: Mapping[int, int]) -> dict[int, Indices]:
-            return {g: orders[g][:n] for g, n in counts.items() if n}
+            units = {g: orders[g][:n] for g, n in counts.items() if n}
+            return self._closed({g: u for g, u in removed.items() if g not in orders} | units)
 
         curves = []
         for ranking in rankings:

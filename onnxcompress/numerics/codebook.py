@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.numerics.feedback import Factor, FloatArray, InputMoments, output_error
-from onnxcompress.numerics.kmeans import nearest, optimal_levels
+from onnxcompress.numerics.kmeans import may_repeat, nearest, optimal_levels
 
 Codes: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
@@ -42,6 +42,8 @@ Snap: TypeAlias = Callable[[FloatArray], FloatArray]
 _CG_STEPS = 12
 _CG_TOLERANCE = 1e-6
 """Share of the first residual's energy at which levels are good enough to assign codes again."""
+_FITTED = 1 << 19
+"""Weights that levels are fitted to at most; rows at even distances where there are more."""
 _DAMP = 0.01
 """Damping of ``H`` relative to its mean diagonal, as in error feedback."""
 
@@ -125,7 +127,7 @@ def fit(
     parts = []
     for start in range(0, len(weight), rows):
         own = slice(start, min(start + rows, len(weight)))
-        inputs = None if moments is None else moments.rows(own.start, own.stop)
+        inputs = None if moments is None else moments.rows(own)
         fixed = None if scale is None else scale[own]
         parts.append(_fit_one(weight[own], inputs, fitting, fixed))
     if len(parts) == 1:
@@ -148,8 +150,8 @@ def _fit_one(
     exact = weight.astype(np.float64)
     if scale is not None:
         return _fit_from(exact, moments, fitting, scale.astype(np.float64), fixed=True)
-    distinct = np.unique(weight)
-    if len(distinct) <= fitting.count:
+    distinct = np.unique(weight) if may_repeat(weight, fitting.count) else None
+    if distinct is not None and len(distinct) <= fitting.count:
         levels = np.pad(distinct, (0, fitting.count - len(distinct)), mode="edge")
         codes = np.searchsorted(distinct, weight).astype(np.uint8)
         return Coded(codes, levels.astype(np.float32)[None], None)
@@ -300,6 +302,7 @@ def descend(weight: FloatArray, start: Coded, moments: InputMoments, *, sweeps: 
     codes = start.codes.copy()
     stored = levels[codes] * scale[:, None]
     gradient = moments.times(weight - stored)
+    before = np.einsum("rd,rd->r", gradient, weight - stored)
     diagonal = moments.diagonal()
     for _ in range(sweeps):
         changed = False
@@ -320,7 +323,8 @@ def descend(weight: FloatArray, start: Coded, moments: InputMoments, *, sweeps: 
             codes[rows, d] = found[rows]
         if not changed:
             break
-    return _better(weight, start, codes, moments)
+    wins = np.einsum("rd,rd->r", gradient, weight - stored) < before
+    return dataclasses.replace(start, codes=np.where(wins[:, None], codes, start.codes))
 
 
 def _better(weight: FloatArray, start: Coded, codes: Codes, moments: InputMoments) -> Coded:
@@ -352,7 +356,8 @@ def refit_levels(
 
         (Σ s_r² Z_rᵀ H Z_r) c = Σ s_r Z_rᵀ H w_r
 
-    The codes are renumbered where the levels change places.
+    The codes are renumbered where the levels change places. Of more than 524,288 weights some rows
+    speak for all.
 
     Args:
         weight: ``W``, [R, D].
@@ -361,7 +366,10 @@ def refit_levels(
         snap: The levels that can be stored; all when None.
     """
     count = start.levels.shape[1]
-    scale, flat = _scale_of(start)[:, None], start.codes.ravel()
+    some = slice(None, None, -(-weight.size // _FITTED))
+    weight, moments = weight[some], moments and moments.rows(some)
+    codes, scale = start.codes[some], _scale_of(start)[some, None]
+    flat = codes.ravel()
 
     def gather(values: FloatArray) -> FloatArray:
         product = values if moments is None else moments.times(values)
@@ -372,13 +380,13 @@ def refit_levels(
     diagonal = np.bincount(flat, (scale**2 * weights).ravel(), minlength=count)
     inverse = np.where(diagonal > 0, 1 / np.where(diagonal > 0, diagonal, 1), 0.0)
     levels = start.levels[0].astype(np.float64)
-    residual = gather(weight - levels[start.codes] * scale)
+    residual = gather(weight - levels[codes] * scale)
     direction = inverse * residual
     power = first = float(residual @ direction)
     for _ in range(min(count, _CG_STEPS)):
         if power <= _CG_TOLERANCE * first or power == 0.0:
             break
-        image = gather(direction[start.codes] * scale)
+        image = gather(direction[codes] * scale)
         step = power / max(float(direction @ image), np.finfo(float).tiny)
         levels = levels + step * direction
         residual = residual - step * image

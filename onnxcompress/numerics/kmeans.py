@@ -18,6 +18,10 @@ _EXACT = 1024
 _BINS = 512
 """How many bins; Lloyd's iteration on all values follows."""
 _LLOYD_ROUNDS = 10
+_MANY = 1 << 19
+"""More values than this are summed up in cells before anything else."""
+_CELLS = 1 << 16
+"""How many cells of equal width; 256 levels are hundreds of them apart."""
 
 
 def nearest(values: FloatArray, levels: FloatArray) -> npt.NDArray[np.int64]:
@@ -52,10 +56,12 @@ def optimal_levels(values: FloatArray, weights: FloatArray, count: int) -> Float
     Returns:
         [k].
     """
-    order = np.argsort(values, kind="stable")
-    values, weights = values[order], weights[order]
     if not np.any(weights > 0):
         weights = np.ones_like(weights)
+    if len(values) > _MANY and not may_repeat(values, count):
+        values, weights = _in_cells(values, weights)
+    order = np.argsort(values, kind="stable")
+    values, weights = values[order], weights[order]
     distinct, first = np.unique(values, return_index=True)
     if len(distinct) <= count:
         return np.concatenate([distinct, np.full(count - len(distinct), distinct[-1])])
@@ -72,6 +78,27 @@ def optimal_levels(values: FloatArray, weights: FloatArray, count: int) -> Float
     bounds = _intervals(values, weights, starts, count)
     levels = np.sort(_centroids(values, weights, bounds))
     return _lloyd(values, weights, levels)
+
+
+def may_repeat(values: npt.NDArray[np.floating], count: int) -> bool:
+    """Whether there may be no more than ``count`` different values; False is certain.
+
+    Args:
+        values: Any shape.
+        count: Below 4,096.
+    """
+    flat = values.ravel()
+    return len(np.unique(flat[:: max(len(flat) // 4096, 1)])) <= count
+
+
+def _in_cells(values: FloatArray, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Means and weights of the values in each of :data:`_CELLS` cells, ascending."""
+    low, high = float(values.min()), float(values.max())
+    cell = ((values - low) * ((_CELLS - 1) / (high - low))).astype(np.int32)
+    mass = np.bincount(cell, weights, _CELLS).astype(np.float64)
+    moment = np.bincount(cell, weights * values, _CELLS)
+    used = mass > 0
+    return moment[used] / mass[used], mass[used]
 
 
 def _intervals(

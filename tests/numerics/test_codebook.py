@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxcompress.numerics import codebook, kmeans
 from onnxcompress.numerics.codebook import (
     Coded,
     Fitting,
@@ -78,6 +79,30 @@ def test_levels_are_not_worse_than_lloyds(seed: int, count: int, size: int) -> N
         start = lloyd(values, weight, start)
     # Above 1,024 values the search is among edges: a thousandth is left for what lies between.
     assert exact <= clustering_error(values, weight, start) * (1 + 1e-3)
+
+
+def test_many_values_are_counted_in_cells_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    values = np.append(rng.standard_t(3, 40_000), 300.0)  # one far out must not cost resolution
+    mass = rng.uniform(0, 2, len(values))
+    exact = clustering_error(values, mass, optimal_levels(values, mass, 64))
+    monkeypatch.setattr(kmeans, "_MANY", 1000)
+    assert clustering_error(values, mass, optimal_levels(values, mass, 64)) < 1.02 * exact
+    few = np.repeat(rng.normal(size=8), 1000)
+    assert set(optimal_levels(few, np.ones(8000), 8)) == set(few)
+
+
+def test_some_rows_speak_for_the_levels_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(400, 32)).astype(np.float32)
+    mixed = rng.normal(size=(200, 32)) @ rng.normal(size=(32, 32))
+    inputs = InputMoments.shared((mixed.T @ mixed / 200)[None], 400)
+    errors = []
+    for most in (1 << 19, 3000):
+        monkeypatch.setattr(codebook, "_FITTED", most)
+        coded = fit(weight, inputs, Fitting(16))
+        errors.append(coded.error(weight.astype(np.float64), inputs).sum())
+    assert errors[1] < 1.05 * errors[0]
 
 
 def test_few_values_are_their_own_levels() -> None:

@@ -13,6 +13,8 @@ from onnxcompress import model_io
 from onnxcompress.calibration.sources import Dataset, open_dataset
 from onnxcompress.graph.constants import constant_of
 from onnxcompress.interface import input_specs
+from onnxcompress.passes.prune.samples import judging_note, judging_samples
+from onnxcompress.passes.quant.samples import macs_of
 from onnxcompress.passes.share import Assign, Codebook, Packing, ShareOptions, SharePass
 from onnxcompress.passes.share.emit import code_bytes
 from onnxcompress.passes.share.mixing import chosen_bits, mixes
@@ -154,3 +156,14 @@ def test_when_all_weights_have_the_same_bits(options: ShareOptions, tmp_path: Pa
     assert mixes(ShareOptions(), context(tmp_path, samples(MODEL)))
     assert not mixes(options, context(tmp_path, samples(MODEL)))
     assert not mixes(ShareOptions(), context(tmp_path))
+
+
+def test_large_models_are_judged_on_fewer_samples() -> None:
+    model = unequal_branches()
+    data = samples(model, 64)
+    assert judging_samples(model, data, 32, 10) == 32
+    small = macs_of(model, data)
+    assert judging_samples(model, data, 32, int(1e12 // (10 * (small // 2)))) == 10
+    assert judging_samples(model, data, 32, 10**12) == 4
+    assert judging_note("Errors", 32, 32) == ()
+    assert "on 10 samples instead of 32" in judging_note("Errors", 10, 32)[0]

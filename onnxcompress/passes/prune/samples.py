@@ -1,8 +1,11 @@
-"""Which calibration samples are fitted to, and which are kept back to judge by."""
+"""Which samples are fitted to, which are kept back to judge by, and how many of them."""
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from onnxcompress.calibration.dataset import Dataset
+from onnxcompress.passes.quant.samples import macs_of, samples_for
 
 EVERY = 4
 """One sample in so many is kept back, at even distances: a set may be sorted by class."""
@@ -15,3 +18,29 @@ def split(data: Dataset) -> tuple[Dataset, Dataset | None]:
     if data.sample_count < max(MIN_SAMPLES, EVERY * (data.layout.group or 1)):
         return data, None
     return data.divide(EVERY)
+
+
+_WORK = 1e12
+"""Multiply-accumulates of all measurements of single layers: about half a minute on one core."""
+
+
+def judging_samples(model: ir.Model, data: Dataset, most: int, layers: int) -> int:
+    """Samples to measure what a change of each of ``layers`` layers does to the outputs.
+
+    Args:
+        model: The model; half of it runs for one layer, on average.
+        data: The samples.
+        most: How many are enough.
+        layers: How many layers are measured.
+    """
+    return samples_for(most, _WORK, max(layers, 1) * max(macs_of(model, data) // 2, 1))
+
+
+def judging_note(what: str, samples: int, most: int) -> tuple[str, ...]:
+    """A note where fewer samples than usual judged."""
+    if samples >= most:
+        return ()
+    return (
+        f"{what} were measured on {samples} samples instead of {most}, since a run of this model "
+        "is much work.",
+    )

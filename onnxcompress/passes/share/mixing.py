@@ -26,13 +26,14 @@ from onnxcompress.graph.constants import set_initializer
 from onnxcompress.numerics.allocation import Curve, allocate
 from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.probe import OutputProbe
-from onnxcompress.passes.prune.samples import split
+from onnxcompress.passes.prune.samples import judging_samples, split
+from onnxcompress.passes.prune.suffix import SuffixProbe
 from onnxcompress.passes.share.emit import code_bytes
-from onnxcompress.passes.share.fit import fit_all
+from onnxcompress.passes.share.fit import Fitted, fit_all
 from onnxcompress.passes.share.options import Assign, Codebook, Packing, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
-_SAMPLES = 32
+MEASURED = 32
 """Samples for the measured errors, whose order of size matters, not their digits."""
 _FEWER = 1
 """Bits that a weight may give up at most."""
@@ -119,21 +120,48 @@ def measured_errors(
     if ctx.calibration is None:
         raise ValueError("errors are measured on calibration data")
     fitting, held_out = split(ctx.calibration)
-    probe = OutputProbe(model, fitting if held_out is None else held_out, ctx, _SAMPLES)
+    judging = fitting if held_out is None else held_out
+    samples = judging_samples(model, ctx.calibration, MEASURED, len(weights))
     ctx = dataclasses.replace(ctx, calibration=fitting)
-    graphs = list(model.graphs())
+    whole = OutputProbe(model, judging, ctx, samples)
+    order = places_of(model, weights)
+    drafts = sorted(
+        fit_all(model, weights, options, ctx, frozenset(layers), rounds=_ROUNDS),
+        key=lambda one: order[one.weight.name],
+    )
+    inner = {i: one.weight.name for i, one in enumerate(drafts) if one.weight.graph is model.graph}
+    places = {i: ((), (name,)) for i, name in inner.items()}
     found = {}
-    drafts = fit_all(model, weights, options, ctx, frozenset(layers), rounds=_ROUNDS)
-    for one in drafts:
-        variant = model_io.clone(model)
-        name = one.weight.name
-        place = next(i for i, graph in enumerate(graphs) if graph is one.weight.graph)
-        set_initializer(list(variant.graphs())[place], name, one.stored())
-        if one.shift is not None:
-            layer = layers[name]
-            layer.write_bias(variant, layer.bias_vector(variant) + one.shift * layer.gain)
-        found[name] = probe.error_of(variant)
+    with (
+        SuffixProbe(model, whole, ctx, places, "share: running to the next weight") as probe,
+        ctx.progress.task("share: measuring errors of codes", len(drafts)) as task,
+    ):
+        for number, one in enumerate(drafts):
+            part = probe.part(number)
+            variant = model_io.clone(model) if part is None else part
+            _put(one, variant, model, layers)
+            error = whole.error_of(variant) if part is None else probe.error_of(number, part)
+            found[one.weight.name] = error
+            task.advance()
     return found
+
+
+def places_of(model: ir.Model, weights: Sequence[Weight]) -> dict[str, int]:
+    """Where in the main graph each weight is first read, by name; -1 for others."""
+    places = {node: i for i, node in enumerate(model.graph)}
+    return {
+        w.name: min((places.get(u.node, -1) for u in w.value.uses()), default=-1) for w in weights
+    }
+
+
+def _put(one: Fitted, variant: ir.Model, model: ir.Model, layers: Mapping[str, Consumer]) -> None:
+    """Give a copy of the model, or of a part of it, the values that the codes stand for."""
+    name = one.weight.name
+    place = next(i for i, graph in enumerate(model.graphs()) if graph is one.weight.graph)
+    set_initializer(variant.graph if place == 0 else [*variant.graphs()][place], name, one.stored())
+    if one.shift is not None:
+        layer = layers[name]
+        layer.write_bias(variant, layer.bias_vector(model) + one.shift * layer.gain)
 
 
 def _range(error: float, options: ShareOptions) -> range:

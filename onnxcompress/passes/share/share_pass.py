@@ -15,11 +15,12 @@ from onnxcompress.passes._packing import NIBBLE_OPSET, bits_for, planes
 from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage
 from onnxcompress.passes.prune.consumers import Consumer, Layers
+from onnxcompress.passes.prune.samples import judging_note, judging_samples
 from onnxcompress.passes.share.duplicates import Merged, merge_duplicates
 from onnxcompress.passes.share.emit import Emitter, stored_size
 from onnxcompress.passes.share.filters import MergedFilters, merge_filters
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_all
-from onnxcompress.passes.share.mixing import mixed_bits, mixes
+from onnxcompress.passes.share.mixing import MEASURED, mixed_bits, mixes
 from onnxcompress.passes.share.options import Assign, Codebook, Merge, Packing, ShareOptions
 from onnxcompress.passes.share.select import Selection, Weight, select
 from onnxcompress.passes.share.sequence import fit_in_steps
@@ -86,6 +87,10 @@ class SharePass:
             layers = _with_bias(model, selection.weights)
         bits = {w.name: code_bits(w, self.options) for w in selection.weights}
         if mixes(self.options, ctx):
+            count = len(selection.weights)
+            if ctx.calibration is not None:
+                samples = judging_samples(model, ctx.calibration, MEASURED, count)
+                notes += judging_note("Errors of codes", samples, MEASURED)
             bits = mixed_bits(model, selection.weights, layers, self.options, ctx)
             selection = _coded(selection, bits)
         fitted = self._fitted(model, selection, layers, bits, ctx)

@@ -28,7 +28,7 @@ from onnxcompress.numerics.low_rank import Chain, Form, Metric
 from onnxcompress.passes.base import Skip
 from onnxcompress.passes.prune.options import Budget, Measure
 from onnxcompress.passes.prune.probe import OutputProbe
-from onnxcompress.passes.prune.samples import split
+from onnxcompress.passes.prune.samples import judging_note, judging_samples, split
 from onnxcompress.passes.svd.candidates import Candidate, Menu, Places, saved
 from onnxcompress.passes.svd.emit import bias_vector
 from onnxcompress.passes.svd.importance import output_metrics
@@ -37,6 +37,9 @@ from onnxcompress.passes.svd.options import SvdOptions
 from onnxcompress.passes.svd.sites import Site, find_sites
 from onnxcompress.passes.svd.timing import Stopwatch
 from onnxcompress.passes.svd.trial import Trial
+
+_JUDGES = 64
+"""Samples for the measured losses, whose scale matters, not their digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +233,11 @@ class Planner:
         if data is None or self._options.budget is None:
             return self._ctx, None
         fitting, held_out = split(data)
+        samples = judging_samples(self._model, data, _JUDGES, len(self._sites))
+        self._notes += judging_note("Losses of layers", samples, _JUDGES)
         if held_out is None:
-            return self._ctx, OutputProbe(self._model, fitting, self._ctx)
-        probe = OutputProbe(self._model, held_out, self._ctx)
+            return self._ctx, OutputProbe(self._model, fitting, self._ctx, samples)
+        probe = OutputProbe(self._model, held_out, self._ctx, samples)
         if not self._options.whiten:
             return self._ctx, probe
         return dataclasses.replace(self._ctx, calibration=fitting), probe

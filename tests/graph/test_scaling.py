@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -143,6 +145,63 @@ def test_what_cannot_hand_factors_on_says_why(
     assert word in refused
 
 
+def _behind_relu(build: Callable[[ModelBuilder, str], tuple[str, int]]) -> tuple[ir.Model, str]:
+    """A convolution with Relu, what ``build`` makes of its 6 channels, and a layer behind."""
+    b = ModelBuilder("between")
+    x = b.op("Relu", b.conv(b.input("x", ["n", 3, 8, 8]), 3, 6))
+    y, channels = build(b, x)
+    b.output(b.conv(y, channels, 4, 1))
+    return _normalized(b), x
+
+
+@pytest.mark.parametrize(
+    ("build", "units"),
+    [
+        (lambda b, x: (b.op("Concat", x, b.op("Relu", b.conv(x, 6, 5)), axis=1), 11), 11),
+        (lambda b, x: (b.op("Pad", x, b.constant([0, 2, 1, 1, 0, 1, 1, 1])), 9), 9),
+        (lambda b, x: (b.op("Slice", x, *map(b.constant, ([0], [8], [2], [2]))), 6), 6),
+    ],
+    ids=["Concat", "Pad", "Slice"],
+)
+def test_channels_beside_have_factors_of_their_own(
+    build: Callable[[ModelBuilder, str], tuple[str, int]], units: int
+) -> None:
+    model, name = _behind_relu(build)
+    reference = model_io.clone(model)
+    region = _scale(model, name, 1)
+    assert isinstance(region, Region)
+    assert region.units == units
+    feeds = _feeds(model)
+    assert largest_error(run_model(model, feeds), run_model(reference, feeds)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda b, x: (b.op("Slice", x, *map(b.constant, ([0], [3], [1]))), 3), "part of"),
+        (
+            lambda b, x: (
+                b.op("Slice", x, *map(b.constant, ([5], [-9], [1], [-1]))),
+                6,
+            ),
+            "turn the channels",
+        ),
+        (
+            lambda b, x: (b.op("Pad", x, b.constant([0, 1, 0, 0, 0, 0, 0, 0]), mode="edge"), 7),
+            "repeats or drops",
+        ),
+    ],
+    ids=["part", "reversed", "repeated"],
+)
+def test_channels_that_change_places_are_refused(
+    build: Callable[[ModelBuilder, str], tuple[str, int]], word: str
+) -> None:
+    model, name = _behind_relu(build)
+    refused = find_region(_values(model)[name], 1)
+    assert isinstance(refused, str)
+    assert word in refused
+
+
 @pytest.mark.parametrize("case", RUNNABLE, ids=str)
 def test_every_region_of_every_fixture_keeps_the_function(case: Fixture) -> None:
     model = case.build()
@@ -173,7 +232,7 @@ def _networks(draw: st.DrawFn) -> tuple[ModelBuilder, list[str]]:
     x = b.op("Relu", b.conv(b.input("x", ["n", 3, 6, 6]), 3, width))
     made = [x]
     for _ in range(draw(st.integers(1, 5))):
-        match draw(st.integers(0, 6)):
+        match draw(st.integers(0, 8)):
             case 0:
                 x = b.conv(x, width, width)
             case 1:
@@ -186,6 +245,12 @@ def _networks(draw: st.DrawFn) -> tuple[ModelBuilder, list[str]]:
                 x = b.op("PRelu", x, b.weight(width, 1, 1, low=0.1))
             case 5:
                 x = b.op("Mul", x, b.op("Sigmoid", b.conv(x, width, width, 1)))
+            case 6:
+                y = b.op("Concat", x, made[draw(st.integers(0, len(made) - 1))], axis=1)
+                x = b.conv(y, 2 * width, width, 1)
+            case 7:
+                y = b.op("Pad", x, b.constant([0, 1, 0, 0, 0, 2, 0, 0]))
+                x = b.conv(y, width + 3, width, 1)
             case _:
                 x = b.batch_norm(b.conv(x, width, width, 1, groups=2), width)
         made.append(x)

@@ -216,3 +216,18 @@ def test_a_product_and_its_bias_become_a_gemm(shape: list[int]) -> None:
     assert not {"MatMul", "Add"} & set(_kernels(model))
     feeds = {"x": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
     assert largest_error(run_model(model, feeds), run_model(reference, feeds)) < 1e-5
+
+
+def test_an_add_takes_a_float_operand_that_is_rounded_for_a_layer_anyway() -> None:
+    b = ModelBuilder("stem")
+    stem = b.op("Relu", b.conv(b.input("x", [1, 4, 8, 8]), 4, 4))
+    y = stem
+    for _ in range(2):
+        y = b.op("Relu", b.op("Add", b.conv(y, 4, 4), y))
+    b.output(b.conv(y, 4, 4))
+    network = _network(b)
+    plan = make_plan(network, _all(network) - {"conv_0"})
+    assert plan.nodes == ("conv_1", "add_0", "conv_2", "add_1", "conv_3")
+    # An Add that only the stem and another float layer feed gains nothing on integers.
+    alone = make_plan(network, _all(network) - {"conv_0", "conv_1"})
+    assert alone.nodes == ("conv_2", "add_1", "conv_3")

@@ -87,8 +87,10 @@ def _grow(state: _State) -> _State:
 def _take(state: _State, step: Step) -> None:
     for absorb in step.absorbs:
         state.absorbs.setdefault((absorb.node, absorb.place, absorb.power), absorb)
+    start = state.units
     for value, ids in step.values:
-        _add(state, value, ids)
+        state.units = max(state.units, start - int(ids.min(initial=0)))
+        _add(state, value, np.where(ids < 0, start - 1 - ids, ids))
 
 
 def _add(state: _State, value: ir.Value, ids: Ids) -> None:

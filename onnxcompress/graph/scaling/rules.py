@@ -27,7 +27,8 @@ class Step:
     """What follows from factors on one tensor of a node.
 
     Attributes:
-        values: Further tensors that must be scaled, with their units.
+        values: Further tensors that must be scaled, with their units. Negative ones are new units:
+            -1 is the first new one of this step, -2 the second.
         absorbs: Constants that take the factors up.
     """
 
@@ -144,12 +145,48 @@ def _pad(node: ir.Node, place: int | None, ids: Ids) -> Sequence[Step]:
     axes = node.inputs[3] if len(node.inputs) > 3 else None
     if pads is None or axes is not None or pads.size != 2 * ids.ndim:
         raise _refused(node, "where it pads is not known")
-    before, behind = np.asarray(pads.numpy(), np.int64).reshape(2, -1).tolist()
-    by_axis = [a != 0 or b != 0 for a, b in zip(before, behind, strict=True)]
-    if any(moved and n != 1 for moved, n in zip(by_axis, ids.shape, strict=True)):
-        raise _refused(node, "it pads the channels")
     if mode == "constant" and fill is not None and scalar_of(fill) != 0:
         raise _refused(node, "it pads with something else than 0")
+    if place not in {None, 0}:
+        raise _refused(node, "the scaled tensor is its parameter")
+    around = np.asarray(pads.numpy(), np.int64).reshape(2, -1).T.tolist()
+    along = [axis for axis, n in enumerate(ids.shape) if n != 1 and any(around[axis])]
+    if not along:
+        return _same(node, place, ids)
+    if len(along) > 1 or mode != "constant" or min(around[along[0]]) < 0:
+        raise _refused(node, "it repeats or drops channels")
+    axis = along[0]
+    before, behind = around[axis]
+    if place is None:
+        kept = np.take(ids, range(before, ids.shape[axis] - behind), axis)
+        return [Step(((_input(node, 0), kept),))]
+    # Channels of zeros have factors of their own: 0 stays 0 with any.
+    return [Step(((node.outputs[0], _between(ids, axis, before, behind)),))]
+
+
+def _between(ids: Ids, axis: int, before: int, behind: int) -> Ids:
+    """``ids`` between channels that have factors of their own."""
+    front, back = list(ids.shape), list(ids.shape)
+    front[axis], back[axis] = before, behind
+    parts = [_fresh(front), ids, _fresh(back, math.prod(front))]
+    return np.concatenate(parts, axis)
+
+
+def _fresh(shape: Sequence[int], start: int = 0) -> Ids:
+    """New units of a step, behind ``start`` others."""
+    return -1 - start - np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+
+
+def _slice(node: ir.Node, place: int | None, ids: Ids) -> Sequence[Step]:
+    """A part of the positions has the factors of all; a part of the channels is not followed."""
+    if place not in {None, 0}:
+        raise _refused(node, "the scaled tensor is its parameter")
+    source, output = _dims(node, _input(node, 0)), _dims(node, node.outputs[0])
+    if any(n != 1 and a != b for n, a, b in zip(ids.shape, source, output, strict=True)):
+        raise _refused(node, "it takes a part of the channels")
+    steps = constant_tensor(node.inputs[4]) if len(node.inputs) > 4 else None
+    if len(node.inputs) > 4 and (steps is None or (np.asarray(steps.numpy()) < 0).any()):
+        raise _refused(node, "it may turn the channels around")
     return _same(node, place, ids)
 
 
@@ -234,12 +271,24 @@ def _scaled_by_constant(node: ir.Node, place: int | None, ids: Ids, at: int) -> 
 
 def _concat(node: ir.Node, place: int | None, ids: Ids) -> Sequence[Step]:
     axis = node.attributes.get_int("axis", 0) or 0
-    if ids.shape[axis] != 1:
-        raise _refused(node, "it joins channels")
     if any(is_constant(v) for v in node.inputs):
         raise _refused(node, "it joins a constant")
-    values = [(v, ids) for v in node.inputs if v is not None]
-    return [Step(((node.outputs[0], ids), *values))]
+    operands = [v for v in node.inputs if v is not None]
+    if ids.shape[axis] == 1:
+        values = [(v, ids) for v in operands]
+        return [Step(((node.outputs[0], ids), *values))]
+    lengths = [_dims(node, v)[axis] for v in operands]
+    known = [n for n in lengths if n is not None]
+    if len(known) < len(lengths):
+        raise _refused(node, "it joins channels, and how many is unknown")
+    ends = np.cumsum(known)
+    if place is not None:
+        before = int(ends[place]) - known[place]
+        return [
+            Step(((node.outputs[0], _between(ids, axis, before, int(ends[-1] - ends[place]))),))
+        ]
+    parts = np.split(ids, ends[:-1], axis)
+    return [Step(tuple(zip(operands, parts, strict=True)))]
 
 
 def _transpose(node: ir.Node, place: int | None, ids: Ids) -> Sequence[Step]:
@@ -423,6 +472,7 @@ _RULES: Mapping[str, _Rule] = {
     "Relu": _same,
     "Reshape": _reshape,
     "SimplifiedLayerNormalization": _normalization,
+    "Slice": _slice,
     "Squeeze": _reshape,
     "Sub": _add,
     "Sum": _add,

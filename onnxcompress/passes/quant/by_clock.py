@@ -134,7 +134,7 @@ class ByClock:
 
     def _reject(self, names: frozenset[str]) -> None:
         """Say that nodes stay in float for speed."""
-        network, why = self._builder.network, "in float the model is faster by the clock"
+        network, why = self._builder.network, "in float the model does better by clock and accuracy"
         self._ledger.reject(network, names, why)
 
     def _timed(self) -> bool:

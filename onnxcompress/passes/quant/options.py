@@ -133,8 +133,8 @@ class QuantOptions(PassOptions):
     )
     equalize: Equalize = option(
         Equalize.AUTO,
-        "balance very different channels of weights across layers (auto: where the outputs gain "
-        "clearly), or off",
+        "let channels of activations share their ranges, and balance very different channels of "
+        "weights (auto: where less noise is predicted, or the outputs gain clearly), or off",
     )
     embeddings: bool = option(True, "also quantize the tables that Gather looks up, per row")
     scales: Scales = option(

@@ -3,7 +3,8 @@
 A *plan* follows from a set of chosen weighted and joining nodes. Starting from all of them and all
 moving nodes, nodes that would not pay are dropped until nothing changes:
 
-- a joining or moving node stays only if all its data already comes as integers;
+- a joining or moving node stays only if its data already come as integers; one operand of a joining
+  node may come in float where a weighted node reads it as integers anyway;
 - a moving node (or a pool) stays only if some node after it wants its output as integers.
 
 Each value between them that becomes integer is a *point*: it gets one QuantizeLinear and one
@@ -220,10 +221,16 @@ def _members(network: Network, chosen: frozenset[str]) -> tuple[list[ir.Node], s
     active = [n for name, n in network.nodes.items() if name in chosen or name in moving]
     while True:
         ready: set[ir.Value] = set()
+        at_hand: set[ir.Value] = set()
         fed: list[ir.Node] = []
         for node in active:
-            weighted = network.rule(node.name or "").kind is Kind.WEIGHTED
-            if weighted or all(value in ready for value in data_inputs(node)):
+            if network.rule(node.name or "").kind is Kind.WEIGHTED:
+                at_hand.update(data_inputs(node))
+        for node in active:
+            kind, inputs = network.rule(node.name or "").kind, data_inputs(node)
+            near = ready | at_hand if kind is Kind.JOINING else ready
+            joins = all(v in near for v in inputs) and any(v in ready for v in inputs)
+            if kind is Kind.WEIGHTED or joins:
                 fed.append(node)
                 ready.add(network.result(node))
         wanted: set[ir.Value] = set()

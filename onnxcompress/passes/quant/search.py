@@ -100,12 +100,22 @@ class Found:
 
 
 def default_candidate(network: Network, allowed: frozenset[str]) -> Candidate:
-    """What the search starts from: all on integers, average pools in float."""
+    """What is taken where nothing is timed: all on integers, average pools in float."""
     pools = any(
         n.name in allowed and n.op_type not in {"Add", "Mul", "Concat"}
         for n in network.of_kind(Kind.JOINING)
     )
     return Candidate(pools=not pools)
+
+
+def first_candidate(network: Network, allowed: frozenset[str]) -> Candidate:
+    """What the search starts from: the default, with the first weighted node in float.
+
+    The input's channels have no layer before them to share a range by, and everything behind sees
+    their rounding. So integers there must gain more speed than an equally good placement would.
+    """
+    several = sum(n.name in allowed for n in network.of_kind(Kind.WEIGHTED)) > 1
+    return replace(default_candidate(network, allowed), prefix=int(several))
 
 
 def chosen_by(network: Network, allowed: frozenset[str], candidate: Candidate) -> frozenset[str]:
@@ -161,7 +171,7 @@ def alternatives(
 
     def stems(best: Candidate) -> Variants:
         longest = min(2, len(weighted) - 1)
-        return [replace(best, prefix=k) for k in range(1, longest + 1)]
+        return [replace(best, prefix=k) for k in range(longest + 1) if k != best.prefix]
 
     def longer_stems(best: Candidate) -> Variants:
         if best.prefix < 2:
@@ -220,7 +230,7 @@ def search(
     clock = fine_clock()  # on a busy machine the search must not end sooner
     started = clock()
     settings = SessionSettings(threads=1)
-    best = default_candidate(network, allowed)
+    best = first_candidate(network, allowed)
     choice = chosen_by(network, allowed, best)
     leader = _Rival(best, build(choice), settings)
     seen = {make_plan(network, choice).nodes}

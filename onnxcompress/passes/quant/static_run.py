@@ -15,14 +15,27 @@ from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.built import Built
 from onnxcompress.passes.quant.by_clock import ByClock
-from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
+from onnxcompress.passes.quant.channels import Choice, choose_factors, equalize_channels
+from onnxcompress.passes.quant.condition import (
+    Conditioned,
+    condition,
+    smoothed,
+)
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.ledger import Ledger
 from onnxcompress.passes.quant.mixed import Mixed, Mixer
 from onnxcompress.passes.quant.operators import Kind
-from onnxcompress.passes.quant.options import Activations, Format, QuantOptions, Rounding, Scales
+from onnxcompress.passes.quant.options import (
+    Activations,
+    Equalize,
+    Format,
+    QuantOptions,
+    Rounding,
+    Scales,
+)
 from onnxcompress.passes.quant.precision import Precision
 from onnxcompress.passes.quant.prepare import prepare
+from onnxcompress.passes.quant.samples import bias_samples
 from onnxcompress.passes.quant.selection import Selection
 from onnxcompress.passes.quant.static import Static
 from onnxcompress.search.goals import Goals
@@ -66,6 +79,7 @@ class StaticQuantizer:
         self._prepared = prepare(self._work)
         self._float = model_io.clone(self._work)
         self._embedded = self._embed(self._work)
+        self._channels: tuple[Choice, ...] = ()
         self._conditioned = Conditioned()
         self._ledger = Ledger()
         # Statistics leave padding out; times are taken on samples as they are.
@@ -80,6 +94,8 @@ class StaticQuantizer:
         network = self._builder.network
         allowed, self._ledger.skips = self._selection.select(self._work, network)
         allowed -= self._kept
+        self._equalize_channels(allowed)
+        network = self._builder.network
         if not any(network.rule(name).kind is Kind.WEIGHTED for name in allowed):
             return self._left_in_float("No convolution or matrix product can run on integers.")
         self._builder.measure(allowed)
@@ -106,13 +122,30 @@ class StaticQuantizer:
 
     def _written(self, model: ir.Model, mixed: Mixed) -> PassReport:
         """Write a result into ``model``, a copy of the model that the pass was given."""
-        prepare(model)
-        self._embed(model)
-        smoothed(model, self._conditioned)
+        self._prepare_again(model)
         kept = self._builder.finish(model, mixed.built)
         if self._options.format is Format.QOPERATOR:
             self._ledger.figures["operators_on_integers"] = len(mixed.built.plan.nodes) - len(kept)
         return self._done(mixed)
+
+    def _prepare_again(self, model: ir.Model) -> None:
+        """Bring a copy of the model that the pass was given into the form that was quantized."""
+        prepare(model)
+        self._embed(model)
+        equalize_channels(model, self._channels)
+        smoothed(model, self._conditioned)
+
+    def _equalize_channels(self, allowed: frozenset[str]) -> None:
+        """Let the channels of activations share their ranges, where less noise is predicted."""
+        wanted = self._options.equalize is Equalize.AUTO and self._options.per_channel
+        if not wanted or self._statistics.calibration is None:
+            return
+        samples = bias_samples(self._statistics, self._builder.macs)
+        self._channels = choose_factors(samples, self._work, self._builder.network, allowed)
+        if self._channels:
+            self._prepared = (*self._prepared, *equalize_channels(self._work, self._channels))
+            self._builder = Builder(self._work, self._options, self._statistics)
+            self._mixer = Mixer(self._builder, self._options, self._statistics)
 
     def _embed(self, model: ir.Model) -> tuple[tuple[Change, ...], tuple[Skip, ...]]:
         """Put the embedding tables of ``model`` on integers, as far as the options allow."""
@@ -207,9 +240,7 @@ class StaticQuantizer:
 
     def _only_conditioned(self, model: ir.Model) -> Static:
         """Leave all in float but the embeddings, smoothed as for integers."""
-        prepare(model)
-        self._embed(model)
-        smoothed(model, self._conditioned)
+        self._prepare_again(model)
         report = PassReport(
             changes=(*self._prepared, *self._embedded[0]),
             skips=tuple(self._ledger.skips.values()),

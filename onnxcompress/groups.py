@@ -10,12 +10,13 @@ from onnxcompress.graph import canonical, labels
 from onnxcompress.graph.constants import constant_tensor
 from onnxcompress.graph.cost import ModelCost, cost_of
 from onnxcompress.graph.coupling import Coupling, Group
+from onnxcompress.graph.emptying import Emptying
 from onnxcompress.graph.macs import MacsModel
 
 
 @dataclass(frozen=True, slots=True)
 class CoupledGroup:
-    """Channels, heads or cells of which any may go but one, each with all that belongs to it.
+    """Channels, heads or cells of which any may go, each with all that belongs to it.
 
     Attributes:
         name: The node that makes them.
@@ -24,6 +25,7 @@ class CoupledGroup:
         parameters: Elements of the weights that belong to one of the units.
         macs_ratio: Share of the model's MACs in the nodes that make or use them, 0 to 1.
         nodes: These nodes.
+        last_stays: Why not all of them may go at once; "" if they may.
     """
 
     name: str
@@ -32,6 +34,7 @@ class CoupledGroup:
     parameters: int
     macs_ratio: float
     nodes: tuple[str, ...]
+    last_stays: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,14 @@ def summarize(model: ir.Model) -> CouplingSummary:
     coupling = labels.analyse(model)
     cost = cost_of(model)
     macs = MacsModel(model, coupling)
+    emptying = Emptying(model, coupling)
     return CouplingSummary(
         coverage=macs.covered() / macs.total if macs.total else 0.0,
         groups=tuple(
-            sorted((_group(model, g, cost) for g in coupling.groups), key=lambda g: -g.macs_ratio)
+            sorted(
+                (_group(model, g, cost, emptying) for g in coupling.groups),
+                key=lambda g: -g.macs_ratio,
+            )
         ),
         frozen=_reasons(coupling, cost),
         untouched=_untouched(coupling, cost),
@@ -92,7 +99,7 @@ def summarize(model: ir.Model) -> CouplingSummary:
     )
 
 
-def _group(model: ir.Model, group: Group, cost: ModelCost) -> CoupledGroup:
+def _group(model: ir.Model, group: Group, cost: ModelCost, emptying: Emptying) -> CoupledGroup:
     places = group.sources or group.sinks
     made_by = [place.node for place in group.sources]
     nodes = tuple(dict.fromkeys(made_by + [place.node for place in group.sinks]))
@@ -103,6 +110,7 @@ def _group(model: ir.Model, group: Group, cost: ModelCost) -> CoupledGroup:
         parameters=_parameters(model, group),
         macs_ratio=_share(cost, nodes),
         nodes=nodes,
+        last_stays=emptying.reason(group.index) or "",
     )
 
 

@@ -59,6 +59,7 @@ def test_reasons_say_which_share_they_hold() -> None:
 def test_shares_stay_below_one_in_branches() -> None:
     found = summarize(_normalized(fixture("if_model").build()))
     assert all(0 <= g.macs_ratio <= 1 for g in found.groups)
+    assert all(g.last_stays for g in found.groups)
     assert all(0 <= f.macs_ratio <= 1 for f in found.frozen)
 
 

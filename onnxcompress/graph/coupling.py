@@ -2,8 +2,8 @@
 
 Vocabulary. A *unit* is a set of tensor positions that can only disappear together (one channel of a
 residual stream, one attention head, one hidden cell of an LSTM). A *group* is a set of alike units:
-they live on the same axes, each with the same number of positions, so any subset but all of them
-may be removed.
+they live on the same axes, each with the same number of positions, so any subset may be removed;
+all of them only where the model can do without (:mod:`onnxcompress.graph.emptying`).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Alike units; at least one of them must stay.
+    """Alike units.
 
     Attributes:
         index: Position in :attr:`Coupling.groups`.

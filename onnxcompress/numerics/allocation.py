@@ -26,6 +26,10 @@ _EXCHANGES = 400
 """Exchanges whose cost is looked up."""
 _REACH = 3
 """Counts that one exchange goes up or down at most."""
+_STEPS_LOOKED_AT = 12
+"""Groups of more counts are taken to save in proportion to the units removed."""
+_INSTANT = 1e-6
+"""Least part of the time that something is taken to need."""
 _STEPS = 4
 """A group of fewer aligned steps than this gets a finer alignment."""
 
@@ -83,9 +87,17 @@ def allowed_counts(units: int, step: int, min_kept: float) -> tuple[int, ...]:
 
 
 def allocate(
-    curves: Sequence[Curve], cost: Cost, kept: float, *, exchange: bool = False
+    curves: Sequence[Curve],
+    cost: Cost,
+    kept: float,
+    *,
+    exchange: bool = False,
+    time: Cost | None = None,
 ) -> dict[int, int]:
     """Choose one count per group so that ``cost`` is at most ``kept``, at the least summed loss.
+
+    With ``time``, removals go where they save most of that for their loss. It need not be
+    proportional to the units removed: steps of one curve may save much or little.
 
     Args:
         curves: What there is to remove.
@@ -93,6 +105,7 @@ def allocate(
         kept: The budget, as a fraction.
         exchange: Whether to trade steps of one group for steps of another in the end, as suits
             curves of few, coarse steps.
+        time: What removals are for, as a fraction like ``cost``, if it is not the same.
 
     Returns:
         Units to remove by group; if the budget cannot be reached, all that may go.
@@ -105,37 +118,47 @@ def allocate(
         return most
     least = dict(plan)
     for _ in range(_ROUNDS):
-        found = _bisect(_segments(curves, _savings(curves, cost, plan)), cost, kept, least)
+        found = _bisect(_segments(curves, _savings(curves, time or cost, plan)), cost, kept, least)
         if found == plan:
             break
         plan = found
-    plan = _give_back(curves, cost, kept, plan)
-    return _exchange(curves, cost, kept, plan) if exchange else plan
+    plan = _give_back(curves, cost, kept, plan, time)
+    return _exchange(curves, cost, kept, plan, time) if exchange else plan
 
 
-def _savings(curves: Sequence[Curve], cost: Cost, plan: Mapping[int, int]) -> dict[int, float]:
-    """What one unit of each group saves, the others being as in ``plan``."""
+def _savings(
+    curves: Sequence[Curve], cost: Cost, plan: Mapping[int, int]
+) -> dict[int, npt.NDArray[np.float64]]:
+    """What each count of each group saves, the others being as in ``plan``."""
     savings = {}
     for curve in curves:
-        first, last = curve.counts[0], curve.counts[-1]
-        if last > first:
-            before, after = cost({**plan, curve.group: first}), cost({**plan, curve.group: last})
-            savings[curve.group] = (before - after) / (last - first)
+        counts = np.array(curve.counts)
+        if len(counts) < 2:
+            continue
+        looked_at = counts if len(counts) <= _STEPS_LOOKED_AT else counts[[0, -1]]
+        left = [cost({**plan, curve.group: int(n)}) for n in looked_at]
+        saved = np.maximum.accumulate(left[0] - np.array(left))
+        savings[curve.group] = np.interp(counts, looked_at, saved)
     return savings
 
 
-def _segments(curves: Sequence[Curve], savings: Mapping[int, float]) -> list[_Segment]:
+def _segments(
+    curves: Sequence[Curve], savings: Mapping[int, npt.NDArray[np.float64]]
+) -> list[_Segment]:
     """The edges of all lower hulls, cheapest first; groups that save nothing offer none."""
     edges = []
     for curve in curves:
-        saving = savings.get(curve.group, 0.0)
-        if saving <= 0:
+        saved = savings.get(curve.group)
+        if saved is None or saved[-1] <= 0:
             continue
-        hull = lower_hull(np.array(curve.counts, float), np.array(curve.losses))
+        # Of counts that save the same the least loss counts: steps that save nothing are no edges.
+        useful = np.flatnonzero(np.diff(saved, prepend=-1.0) > 0)
+        losses = np.array(curve.losses)[useful]
+        hull = lower_hull(saved[useful], losses)
         for a, b in itertools.pairwise(hull):
-            rise = max(curve.losses[b] - curve.losses[a], 0.0)
-            width = curve.counts[b] - curve.counts[a]
-            edges.append(_Segment(curve.group, curve.counts[b], rise / (width * saving)))
+            rise = max(float(losses[b] - losses[a]), 0.0)
+            width = float(saved[useful[b]] - saved[useful[a]])
+            edges.append(_Segment(curve.group, curve.counts[useful[b]], rise / width))
     return sorted(edges, key=lambda s: (s.price, s.group, s.count))
 
 
@@ -174,19 +197,30 @@ def _bisect(
 
 
 def _give_back(
-    curves: Sequence[Curve], cost: Cost, kept: float, plan: Mapping[int, int]
+    curves: Sequence[Curve],
+    cost: Cost,
+    kept: float,
+    plan: Mapping[int, int],
+    time: Cost | None,
 ) -> dict[int, int]:
-    """Return units while the budget holds, each time where that undoes the most loss."""
+    """Return units while the budget holds, each time where that undoes the most loss.
+
+    With ``time``, where it undoes the most loss for the time that it takes.
+    """
     current = dict(plan)
     blocked: set[int] = set()
     while True:
         offers = []
+        now = 0.0 if time is None else time(current)
         for curve in curves:
             place = curve.counts.index(current[curve.group])
             if place and curve.group not in blocked:
                 gain = curve.losses[place] - curve.losses[place - 1]
                 free = curve.losses[place] <= 0
-                offers.append((gain, not free, curve.group, curve.counts[place - 1]))
+                count = curve.counts[place - 1]
+                if time is not None:
+                    gain /= max(time({**current, curve.group: count}) - now, _INSTANT)
+                offers.append((gain, not free, curve.group, count))
         if not offers:
             return current
         gain, useful, group, count = max(offers)
@@ -198,12 +232,16 @@ def _give_back(
 
 
 def _exchange(
-    curves: Sequence[Curve], cost: Cost, kept: float, plan: Mapping[int, int]
+    curves: Sequence[Curve],
+    cost: Cost,
+    kept: float,
+    plan: Mapping[int, int],
+    time: Cost | None,
 ) -> dict[int, int]:
     """Return units of one group for units of another while that lowers the loss within the budget.
 
     Where steps are coarse, whole segments in the order of their price can overshoot the budget by
-    far: the last one may be large. An exchange trades it for smaller ones.
+    far: the last one may be large. An exchange trades it for smaller ones, and takes no more time.
     """
     current = dict(plan)
     tries = _EXCHANGES
@@ -230,7 +268,7 @@ def _exchange(
         for _, i, j in offers[:tries]:
             tries -= 1
             changed = {**current, **{m[1].group: m[1].counts[m[2]] for m in (back[i], more[j])}}
-            if cost(changed) <= kept:
+            if cost(changed) <= kept and (time is None or time(changed) <= time(current)):
                 current = changed
                 break
         else:

@@ -120,7 +120,7 @@ def _groups(found: Inspection) -> RenderableType:
     if not found.groups:
         return Text("no channels can be pruned\n")
     table = _table("coupled channels", "made by")
-    for name in ("units", "channels each", "parameters", "share of MACs", "nodes"):
+    for name in ("units", "channels each", "parameters", "share of MACs", "nodes", "all"):
         table.add_column(name, justify="right", overflow="fold")
     for group in found.groups[: found.top]:
         table.add_row(
@@ -130,6 +130,7 @@ def _groups(found: Inspection) -> RenderableType:
             count_text(group.parameters),
             percent_text(group.macs_ratio),
             str(len(group.nodes)),
+            "no" if group.last_stays else "may go",
         )
     return Group(table, *_more(found, len(found.groups), "group"), _coverage(found))
 

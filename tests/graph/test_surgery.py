@@ -91,6 +91,25 @@ def test_costs_are_known_before_removing(case: Fixture) -> None:
     assert macs.remaining(removed) == cost_of(small).macs
 
 
+def test_blocks_of_channels_are_paid_for_as_a_whole() -> None:
+    b = ModelBuilder("blocks")
+    y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 8, 8]), 3, 32))
+    b.output(b.conv(y, 32, 5))
+    model = prepared(b.build())
+    coupling = labels.analyse(model)
+    macs = surgery.MacsModel(model, coupling)
+
+    def cost(made: int, read: int) -> int:
+        """Each output costs its own multiply-accumulates and those of 32 for moving it."""
+        return 64 * (made * (27 + 32) + 5 * (9 * read + 32 if read else 0))
+
+    (group,) = coupling.groups
+    for gone, made in ((0, 32), (1, 32), (15, 32), (16, 16), (30, 16)):
+        removed = {group.index: np.arange(gone)}
+        assert macs.padded(removed, 16) == cost(made, 32 - gone)
+    assert macs.padded({group.index: np.arange(32)}, 16) == 0
+
+
 def test_removing_nothing_changes_nothing() -> None:
     model = prepared(fixture("residual_bn").build())
     coupling = labels.analyse(model)

@@ -142,3 +142,35 @@ def test_a_large_last_step_is_exchanged_for_smaller_ones() -> None:
     large = Curve(1, (0, 6), (0.0, 6.0))
     plan = allocate([small, large], lambda c: 1 - (c[0] + c[1]) / 20, 0.9, exchange=True)
     assert plan == {0: 2, 1: 0}
+
+
+def test_removals_go_where_they_save_time() -> None:
+    """Of one group the first four units save no time, of the other each saves as much."""
+    blocks = Curve(0, (0, 2, 4, 8), (0.0, 0.1, 0.2, 1.0))
+    even = Curve(1, (0, 2, 4, 8), (0.0, 0.4, 0.8, 2.0))
+
+    def cost(counts: Mapping[int, int]) -> float:
+        return 1 - sum(counts.values()) / 16
+
+    def time(counts: Mapping[int, int]) -> float:
+        return 1 - (max(counts[0] - 4, 0) / 16 + counts[1] / 8) / 2
+
+    assert allocate([blocks, even], cost, 0.75, exchange=True) == {0: 4, 1: 0}
+    assert allocate([blocks, even], cost, 0.75, exchange=True, time=time) == {0: 0, 1: 4}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.2, 0.95))
+def test_the_budget_holds_whatever_time_says(seed: int, kept: float) -> None:
+    rng = np.random.default_rng(seed)
+    curves = [convex_curve(g, 3 * seed + g) for g in range(4)]
+    saved = {g: np.cumsum([0.0, *rng.random(6)]) for g in range(4)}
+
+    def cost(counts: Mapping[int, int]) -> float:
+        return 1 - sum(counts.values()) / 24
+
+    def time(counts: Mapping[int, int]) -> float:
+        return 1 - sum(float(saved[g][n]) for g, n in counts.items()) / 24
+
+    plan = allocate(curves, cost, kept, exchange=True, time=time)
+    assert cost(plan) <= kept + 1e-12

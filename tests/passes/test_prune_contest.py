@@ -65,6 +65,10 @@ def test_the_plan_that_does_no_harm_wins(tmp_path: Path) -> None:
         assert found == place
         assert errors[place] < 1e-9 < errors[1 - place]
     assert winner(model, model, coupling, [harmful], layers, options, job) == (0, [])
+    half = {group.index: np.arange(group.size // 2)}
+    both = [half, harmful]
+    for times, place in (([1.0, 1.0], 0), ([1.0, 0.99], 0), ([1.0, 0.1], 1)):
+        assert winner(model, model, coupling, both, layers, options, job, times)[0] == place
 
 
 def test_the_report_says_how_plans_compare(tmp_path: Path) -> None:

@@ -9,9 +9,13 @@ network:
   once already: next to the others it looks cheaper than it is.
 - What follows makes up for many small losses better than for one large one.
 
-So plans are also made with the losses of shared groups doubled (and doubled again), and with all
-losses raised to a power, which spreads them. Each plan is refitted quickly on one part of the
-samples, and its outputs are compared with the original's on the other.
+So plans are also made with the losses of shared groups doubled, and with all losses raised to a
+power, which spreads them. Another one is made for time instead of multiply-accumulates: kernels
+compute channels in blocks, so that some removals save none and others (a whole branch) save much.
+In it the step that takes a branch counts half, for the layer before will do its work.
+
+Each plan is refitted quickly on one part of the samples, and its outputs are compared with the
+original's on the other. The least product of error and a power of the time wins.
 """
 
 from __future__ import annotations
@@ -41,20 +45,45 @@ from onnxcompress.progress import SilentProgress
 
 Plan = Mapping[int, npt.NDArray[np.int64]]
 
+TIME_POWER = 4
+"""What time is worth: 1 % less of it makes up for 4 % more error. Where the same network gives up
+more multiply-accumulates, 1 % less time costs about 6 % (docs/adr/0015)."""
 _SAMPLES = 256
 """Samples that plans are compared on, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """Losses seen in another way: ``(shared · loss) ** power``, ``shared`` 1 for other groups."""
+class View:
+    """Losses seen in another way: ``(shared · loss) ** power``.
+
+    Attributes:
+        shared: Factor for groups that several layers read.
+        power: Of all losses.
+        whole: Part that counts of the step that leaves nothing of a group.
+        timed: Whether removals are to save time, not multiply-accumulates.
+    """
 
     shared: float = 1.0
     power: float = 1.0
+    whole: float = 1.0
+    timed: bool = False
+
+    def of(self, ranking: Ranking) -> npt.NDArray[np.float64]:
+        """Losses after 0, 1, ... removals."""
+        factor = self.shared if len(ranking.group.sinks) > 1 else 1.0
+        losses = (ranking.losses * factor) ** self.power
+        if len(losses) > ranking.group.size:
+            losses[-1] = losses[-2] + max(losses[-1] - losses[-2], 0.0) * self.whole
+        return losses
 
 
-_VIEWS = (_View(), _View(shared=2.0), _View(power=1.5), _View(shared=4.0))
-VARIATIONS = len(_VIEWS)
+VIEWS = (
+    View(),
+    View(shared=2.0, whole=0.5, timed=True),
+    View(shared=2.0),
+    View(power=1.5),
+)
+VARIATIONS = len(VIEWS)
 """Ways to look at the losses; the first one takes them as they are."""
 
 
@@ -65,13 +94,8 @@ def varied(rankings: Sequence[Ranking], number: int) -> list[Ranking]:
         rankings: The rankings.
         number: Which of the :data:`VARIATIONS`; 0 changes nothing.
     """
-    view = _VIEWS[number]
-    return [
-        dataclasses.replace(
-            r, losses=(r.losses * (view.shared if len(r.group.sinks) > 1 else 1.0)) ** view.power
-        )
-        for r in rankings
-    ]
+    view = VIEWS[number]
+    return [dataclasses.replace(r, losses=view.of(r)) for r in rankings]
 
 
 def distinct(plans: Sequence[Plan]) -> list[Plan]:
@@ -90,6 +114,7 @@ def winner(
     layers: Layers,
     options: PruneOptions,
     ctx: PassContext,
+    times: Sequence[float] = (),
 ) -> tuple[int, list[float]]:
     """The plan whose outputs are nearest to the original's on samples that it was not fitted to.
 
@@ -101,6 +126,7 @@ def winner(
         layers: The linear layers.
         options: How to refit.
         ctx: The job.
+        times: The time that is left with each plan, as a fraction; all alike if empty.
 
     Returns:
         Its place, and the error of each plan as in :class:`OutputProbe`; no errors where there are
@@ -131,4 +157,5 @@ def winner(
         for future in running:
             errors.append(future.result())
             task.advance()
-    return int(np.argmin(errors)), errors
+    worth = np.array(times or [1.0] * len(plans)) ** TIME_POWER
+    return int(np.argmin(np.array(errors) * worth)), errors

@@ -36,6 +36,13 @@ class Importance(enum.Enum):
         return self in {Importance.OBS, Importance.ACTIVATION}
 
 
+class Price(enum.Enum):
+    """What a budget of multiply-accumulates is spent for."""
+
+    TIME = "time"
+    MACS = "macs"
+
+
 class Measure(enum.Enum):
     """What a budget counts."""
 
@@ -136,6 +143,11 @@ class PruneOptions(PassOptions):
     )
     min_kept: float = option(
         0.125, "Fraction of the units of every group that always stays.", minimum=0.0, maximum=1.0
+    )
+    price: Price = option(
+        Price.TIME,
+        "What a budget of macs or latency is spent for: time (plans made for kernels that compute "
+        "channels in blocks compete, and time counts beside the error), or macs alone.",
     )
     branches: bool = option(
         True,

@@ -12,6 +12,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.graph.emptying import Emptying, RefusedError, whole
+from onnxcompress.graph.macs import MacsModel
 from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
 from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, Skip
@@ -19,7 +20,13 @@ from onnxcompress.passes.prune.budget import Ledger, remaining
 from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.latency import Clock, plan_in_time
 from onnxcompress.passes.prune.named import filtered, fixed, names_of, noun, totals_of, width_of
-from onnxcompress.passes.prune.options import Budget, Importance, Measure, PruneOptions
+from onnxcompress.passes.prune.options import (
+    Budget,
+    Importance,
+    Measure,
+    Price,
+    PruneOptions,
+)
 from onnxcompress.passes.prune.ranking import rank_with_data
 from onnxcompress.passes.prune.recover import Recovery
 from onnxcompress.passes.prune.score import Ranking, rank_by_weights, rank_without_data
@@ -55,6 +62,7 @@ class Work:
         self.groups, self._excluded = filtered(coupling.groups, options)
         self._kept = fixed(self.groups, options)
         self._totals = totals_of(self.groups, options.parsed_total, self._kept)
+        self._macs: MacsModel | None = None
         self._emptying = Emptying(model, coupling)
         self._branches = self._joint() if options.branches else frozenset()
 
@@ -173,7 +181,11 @@ class Work:
         return [replaced.get(r.group.index, r) for r in rankings]
 
     def choose(
-        self, rankings: Sequence[Ranking], removed: Mapping[int, Indices], part: float
+        self,
+        rankings: Sequence[Ranking],
+        removed: Mapping[int, Indices],
+        part: float,
+        timed: bool = False,
     ) -> dict[int, Indices]:
         """Spend a part of the budget; nothing if the default one cannot be reached.
 
@@ -181,6 +193,7 @@ class Work:
             rankings: The order of removal of each group, what is removed already first.
             removed: That.
             part: How much of what is to go may go by now, in (0, 1].
+            timed: Whether it is to be spent where it saves most time.
 
         Raises:
             PassError: If one that was asked for cannot be reached.
@@ -207,8 +220,17 @@ class Work:
         for total in self._totals:
             curves = total.settled(curves, part)
 
+        def time_left(counts: Mapping[int, int]) -> float:
+            return self.time_left(taken(counts))
+
+        timed = timed or self.options.latency is not None
+        time = time_left if timed and self._counts_time else None
+
         def plan_for(share: float) -> dict[int, Indices]:
-            return taken(allocate(curves, lambda counts: left(taken(counts)), share, exchange=True))
+            def remains(counts: Mapping[int, int]) -> float:
+                return left(taken(counts))
+
+            return taken(allocate(curves, remains, share, exchange=True, time=time))
 
         name = budget.measure.value
         if self.options.latency is not None and rankings:
@@ -239,6 +261,22 @@ class Work:
         if possible < 1:
             hint = f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept or prune.align."
         raise PassError("prune", message, hint=hint)
+
+    def time_left(self, units: Mapping[int, Indices]) -> float:
+        """The fraction of the time that is left, as kernels take it; 1 if it does not count."""
+        if not self._counts_time:
+            return 1.0
+        if self._macs is None:
+            self._macs = MacsModel(self.model, self.coupling, self._ledger.feeds_shapes)
+        block = self.options.align or self.ctx.target.channel_alignment
+        return self._macs.padded(units, block) / max(self._macs.padded({}, block), 1)
+
+    @property
+    def _counts_time(self) -> bool:
+        """Whether a budget is there for the sake of time."""
+        budget = self.options.budget
+        timed = self.options.price is Price.TIME
+        return timed and budget is not None and budget.measure is Measure.MACS
 
     def _settled(
         self,

@@ -28,12 +28,12 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
-from onnxcompress.passes.prune.stream import Stream
+from onnxcompress.passes.prune.stream import Stream, StreamOwner
 
 Array = npt.NDArray[np.generic]
 
 
-class Staged:
+class Staged(StreamOwner):
     """A changing model and its reference on their way through the samples.
 
     Args:
@@ -74,15 +74,6 @@ class Staged:
         self._stages = plan_stages(self.model.graph, wanted)
         self._parts, self._ctx = parts, ctx
         self._size = max(ctx.batch_size, 1)
-        self._stream: Stream | None = None
-
-    def __enter__(self) -> Staged:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
 
     def measure(
         self, step: int, text: str
@@ -116,7 +107,7 @@ class Staged:
                     self._collected(step, samples, text) for samples in self._kept(self._stream)
                 ]
             except (MemoryError, ModelError):
-                self.__exit__()
+                self._release()
                 if self._size == 1 or any(p.layout.group is not None for p in self._parts):
                     raise
                 self._size //= 2

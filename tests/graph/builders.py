@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from hypothesis import strategies as st
 
 from tests.builder import ModelBuilder
 from tests.fixtures import Fixture
@@ -403,4 +404,7 @@ _STEPS = (
     _dense, _grouped, _normalized, _joined, _combined, _excited, _sliced, _permuted, _padded,
     _shuffled, _split, _last,
 )  # fmt: skip
-STEPS = len(_STEPS)
+STEP_LISTS = st.lists(
+    st.tuples(st.integers(0, len(_STEPS) - 1), st.integers(0, 2**31)), min_size=1, max_size=9
+)
+"""What :func:`random_network` takes."""

@@ -77,11 +77,7 @@ def test_emptying_is_masking(case: Fixture) -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    steps=st.lists(
-        st.tuples(st.integers(0, builders.STEPS - 1), st.integers(0, 2**31)),
-        min_size=1,
-        max_size=9,
-    ),
+    steps=builders.STEP_LISTS,
     seed=st.integers(0, 2**31),
 )
 def test_emptying_is_masking_in_random_networks(steps: list[builders.Step], seed: int) -> None:

@@ -44,11 +44,7 @@ def test_removing_head_dimensions_is_masking(case: Fixture) -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    steps=st.lists(
-        st.tuples(st.integers(0, builders.STEPS - 1), st.integers(0, 2**31)),
-        min_size=1,
-        max_size=9,
-    ),
+    steps=builders.STEP_LISTS,
     fraction=st.sampled_from((0.2, 0.5, 1.0)),
     seed=st.integers(0, 2**31),
 )

@@ -49,7 +49,7 @@ from onnxcompress.passes.prune.recurrent import Recurrent
 from onnxcompress.passes.prune.rows import RowSource
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
-from onnxcompress.passes.prune.stream import Stream
+from onnxcompress.passes.prune.stream import Stream, StreamOwner
 
 _MIN_SAMPLES = 8
 """With fewer samples none are held out."""
@@ -173,7 +173,7 @@ class _Both:
         return tuple(dict.fromkeys(self.names.get(name, name) for name in names))
 
 
-class _Running:
+class _Running(StreamOwner):
     """The samples on their way through the two networks.
 
     Where a batch finds no memory, or the model refuses it, they start again with half of it.
@@ -186,15 +186,6 @@ class _Running:
         self._stages = plan_stages(both.model.graph, wanted)
         # Runs are what is held out, so there must be a few.
         self._size = max(1, min(ctx.batch_size, self._data.sample_count // (2 * FOLDS)))
-        self._stream: Stream | None = None
-
-    def __enter__(self) -> _Running:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
 
     def folds(self, width: int) -> int:
         """Parts to divide the samples into for a layer ``width`` inputs wide."""
@@ -213,7 +204,7 @@ class _Running:
             try:
                 self._stream.advance(stage, text)
             except (MemoryError, ModelError):
-                self.__exit__()
+                self._release()
                 if self._size == 1 or self._data.layout.group is not None:
                     raise
                 self._size //= 2

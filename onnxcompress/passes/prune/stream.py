@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +163,24 @@ class Stream:
             for handle in batch.kept.values():
                 self._store.drop(handle)
         self._batches = []
+
+
+class StreamOwner:
+    """What holds a stream while it is entered, and may give it up before."""
+
+    _stream: Stream | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        """Close the stream, if there is one."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
 
 def _believed(declared: ir.Shape | None, seen: tuple[int, ...]) -> ir.Shape | None:

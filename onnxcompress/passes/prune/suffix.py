@@ -21,7 +21,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.passes.prune.probe import Errors, OutputProbe
 from onnxcompress.passes.prune.stages import plan_stages, reads
 from onnxcompress.passes.prune.store import ActivationStore
-from onnxcompress.passes.prune.stream import Stream
+from onnxcompress.passes.prune.stream import Stream, StreamOwner
 from onnxcompress.runtime import Session, open_session
 
 Array = npt.NDArray[np.generic]
@@ -64,7 +64,7 @@ class Suffix:
         return self._errors.of(self._session.run({**feeds, **weights}) for feeds in self._feeds)
 
 
-class SuffixProbe:
+class SuffixProbe(StreamOwner):
     """Takes samples through a model and stops in front of some of its layers, group by group.
 
     Args:
@@ -88,19 +88,10 @@ class SuffixProbe:
         found = {g: _place(model, nodes, weights) for g, (nodes, weights) in layers.items()}
         self._places = {g: place for g, place in found.items() if place is not None}
         self._numbers = {g: i for i, g in enumerate(self._places, start=1)}
-        self._stream: Stream | None = None
         if self._places:
             stages = plan_stages(model.graph, [p.inputs for p in self._places.values()])
             store = ActivationStore(ctx.work_dir)
             self._stream = Stream(model, stages, whole.data, ctx, whole.batch_size, store)
-
-    def __enter__(self) -> SuffixProbe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
 
     def at(self, group: int) -> Suffix | None:
         """What lies behind the layers of a group; None where it cannot be run apart."""
@@ -113,7 +104,7 @@ class SuffixProbe:
             part = self._stream.part(place.inputs, place.outputs, place.weights)
             session = open_session(part, self._ctx.session, work_dir=self._ctx.work_dir)
         except (MemoryError, ModelError, ValueError):
-            self.__exit__()
+            self._release()
             return None
         return Suffix(session, feeds, self._whole.errors)
 
@@ -130,7 +121,7 @@ class SuffixProbe:
             self._stream.advance(self._numbers[group], self._text)
             return self._stream.part(place.inputs, place.outputs)
         except (MemoryError, ModelError, ValueError):
-            self.__exit__()
+            self._release()
             return None
 
     def error_of(self, group: int, part: ir.Model) -> float:

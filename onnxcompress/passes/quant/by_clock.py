@@ -133,7 +133,7 @@ class ByClock:
         return found.candidate
 
     def _reject(self, names: frozenset[str]) -> None:
-        """Say that nodes stay in float for speed."""
+        """Say that nodes stay in float by what was timed."""
         network, why = self._builder.network, "in float the model does better by clock and accuracy"
         self._ledger.reject(network, names, why)
 

@@ -16,11 +16,7 @@ from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.built import Built
 from onnxcompress.passes.quant.by_clock import ByClock
 from onnxcompress.passes.quant.channels import Choice, choose_factors, equalize_channels
-from onnxcompress.passes.quant.condition import (
-    Conditioned,
-    condition,
-    smoothed,
-)
+from onnxcompress.passes.quant.condition import Conditioned, condition, smoothed
 from onnxcompress.passes.quant.embeddings import quantize_embeddings
 from onnxcompress.passes.quant.ledger import Ledger
 from onnxcompress.passes.quant.mixed import Mixed, Mixer

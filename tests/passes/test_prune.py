@@ -17,6 +17,7 @@ from onnxcompress.graph.cost import cost_of
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.prune import Importance, PruneOptions, PrunePass
+from onnxcompress.passes.prune import samples as judged
 from onnxcompress.passes.prune.options import Budget, Measure
 from tests.builder import Array, ModelBuilder
 from tests.fixtures import RUNNABLE, Fixture, fixture
@@ -235,6 +236,21 @@ def test_the_default_budget_out_of_reach_prunes_nothing_and_says_so(tmp_path: Pa
     assert sum(n.op_type == "Conv" for n in result.graph) > 1
     with pytest.raises(PassError, match=r"macs=0\.8 cannot be reached"):
         pruned(model, PruneOptions(macs=0.8, min_kept=0.9, align=1), tmp_path)
+
+
+def test_losses_are_measured_on_fewer_samples_where_runs_are_much_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = redundant_network()
+    data = dataset(model, samples(model, 64))
+    options = PruneOptions(macs=0.8, align=1, plans=1)
+    _, report = pruned(model, options, tmp_path, data)
+    assert not any("Losses of groups" in note for note in report.notes)
+    monkeypatch.setattr(judged, "_WORK", 1.0)
+    _, report = pruned(model, options, tmp_path, data)
+    wanted = "Losses of groups were measured on 4 samples instead of 16"
+    assert sum(note.startswith(wanted) for note in report.notes) == 1
+    assert float(report.figures["macs_kept_ratio"]) <= 0.8
 
 
 def test_limits_name_how_much_stays_where(tmp_path: Path) -> None:

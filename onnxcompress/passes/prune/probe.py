@@ -15,7 +15,7 @@ from onnxcompress.runtime import open_session
 
 Array = npt.NDArray[np.float64]
 
-_PROBE_SAMPLES = 64
+PROBE_SAMPLES = 64
 """Samples for the measured output error; its scale matters, not its digits."""
 
 
@@ -66,7 +66,7 @@ class OutputProbe:
     """
 
     def __init__(
-        self, model: ir.Model, data: Dataset, ctx: PassContext, samples: int = _PROBE_SAMPLES
+        self, model: ir.Model, data: Dataset, ctx: PassContext, samples: int = PROBE_SAMPLES
     ) -> None:
         self._ctx = ctx
         group = data.layout.group or 1

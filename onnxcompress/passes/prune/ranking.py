@@ -18,7 +18,7 @@ from onnxcompress.graph.surgery import mask
 from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.options import PruneOptions
-from onnxcompress.passes.prune.probe import OutputProbe
+from onnxcompress.passes.prune.probe import PROBE_SAMPLES, OutputProbe
 from onnxcompress.passes.prune.samples import split
 from onnxcompress.passes.prune.score import (
     Ranking,
@@ -48,6 +48,7 @@ def rank_with_data(
     ctx: PassContext,
     removed: Mapping[int, Indices],
     branches: Collection[int] = (),
+    samples: int = PROBE_SAMPLES,
 ) -> list[Ranking]:
     """Rankings of all groups, with curves scaled by the measured change of the model's outputs.
 
@@ -60,6 +61,7 @@ def rank_with_data(
         ctx: The job; it has calibration data.
         removed: Units already removed; they come first in every order.
         branches: Groups all of whose units may go.
+        samples: Held-out samples to measure on, at most.
     """
     readers = {g.index: readers_of(g, consumers) for g in groups}
     if ctx.calibration is None:
@@ -70,7 +72,7 @@ def rank_with_data(
     measuring = dataclasses.replace(ctx, session=session)
     ctx = dataclasses.replace(ctx, calibration=fitting)
     masked = mask(model, coupling, removed)
-    whole = OutputProbe(masked, fitting if held_out is None else held_out, ctx)
+    whole = OutputProbe(masked, fitting if held_out is None else held_out, ctx, samples)
     state = State(model, coupling, coupling.kept(removed), removed, whole, frozenset(branches))
     places = {n.name: i for i, n in enumerate(masked.graph)}
     ordered = sorted(groups, key=lambda g: min((places.get(s.node, 0) for s in g.sinks), default=0))

@@ -40,7 +40,7 @@ Indices = npt.NDArray[np.int64]
 ROWS_PER_COLUMN = 50
 """Rows collected for each unfolded input; fewer than 10 overfit."""
 MIN_ROWS = 16384
-_PROBED = (0.25, 0.5, 0.75)
+PROBED = (0.25, 0.5, 0.75)
 """Parts of a group whose removal is measured."""
 
 
@@ -220,7 +220,7 @@ class Scored:
         losses[: len(gone)] = 0.0
         scales: dict[int, float] = {}
         left = self.group.size - len(gone)
-        for share in (*_PROBED, 1.0) if self._whole else _PROBED:
+        for share in (*PROBED, 1.0) if self._whole else PROBED:
             count = len(gone) + max(1, min(int(left * share), len(order) - len(gone)))
             if count < len(losses) and losses[count] > 0 and count not in scales:
                 scales[count] = self._measured(order[:count], options, suffix) / losses[count]

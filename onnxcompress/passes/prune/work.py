@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress.calibration.dataset import Dataset
 from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
 from onnxcompress.graph.coupling import Coupling, Group
@@ -27,9 +28,11 @@ from onnxcompress.passes.prune.options import (
     Price,
     PruneOptions,
 )
+from onnxcompress.passes.prune.probe import PROBE_SAMPLES
 from onnxcompress.passes.prune.ranking import rank_with_data
 from onnxcompress.passes.prune.recover import Recovery
-from onnxcompress.passes.prune.score import Ranking, rank_by_weights, rank_without_data
+from onnxcompress.passes.prune.samples import judging_note, judging_samples, split
+from onnxcompress.passes.prune.score import PROBED, Ranking, rank_by_weights, rank_without_data
 
 Indices = npt.NDArray[np.int64]
 
@@ -143,8 +146,18 @@ class Work:
             self.ctx,
             removed,
             self._branches,
+            self._judging(len(groups), self.ctx.calibration),
         )
         return self._with_unseen(found, removed)
+
+    def _judging(self, groups: int, data: Dataset) -> int:
+        """Held-out samples to measure the losses of groups on: fewer where runs are much work."""
+        samples = judging_samples(self.model, data, PROBE_SAMPLES, groups * len(PROBED))
+        _, held_out = split(data)
+        there = (data if held_out is None else held_out).sample_count
+        note = judging_note("Losses of groups", samples, min(PROBE_SAMPLES, there))
+        self.notes += [n for n in note if n not in self.notes]
+        return samples
 
     def _with_unseen(
         self, rankings: Sequence[Ranking], removed: Mapping[int, Indices]

@@ -1,8 +1,9 @@
-"""How many threads numpy's linear algebra uses while passes run."""
+"""How many cores there are, and how many threads numpy's linear algebra uses while passes run."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,13 @@ from onnxcompress._serialize import initializers
 
 WIDE = 2048
 """Inputs or outputs of a layer from which on its factorizations are worth several threads."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

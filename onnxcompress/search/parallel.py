@@ -11,13 +11,13 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
+from onnxcompress._threads import usable_cores
 from onnxcompress.errors import UsageError
 from onnxcompress.progress import Progress
 
@@ -110,15 +110,9 @@ def _leaves(workers: Workers, done: int, count: int, seconds: float) -> bool:
     """Whether the tasks that are left go to other processes."""
     if workers.backend is not Backend.LOKY or (workers.jobs or 1) > 1:
         return True
-    if workers.jobs == 1 or _cores() == 1 or done != _TRIED:
+    if workers.jobs == 1 or usable_cores() == 1 or done != _TRIED:
         return False
     return seconds / done * (count - done) > _WORTH_SECONDS and _has_joblib()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    counted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return counted or 1
 
 
 def _has_joblib() -> bool:
@@ -142,7 +136,7 @@ def _processes(workers: Workers) -> int:
     """Processes to ask joblib for: -1 takes all of the machine's, or all of the cluster's."""
     if workers.jobs is not None:
         return workers.jobs
-    return _cores() if workers.backend is Backend.LOKY else -1
+    return usable_cores() if workers.backend is Backend.LOKY else -1
 
 
 @contextmanager

@@ -71,9 +71,14 @@ class FakeClock:
         return model
 
     def time(
-        self, sessions: Sequence[object], feeds: Mapping[str, Array], *, seconds: float
+        self,
+        sessions: Sequence[object],
+        feeds: Mapping[str, Array],
+        *,
+        seconds: float,
+        threads: int,
     ) -> list[float]:
-        del feeds, seconds
+        del feeds, seconds, threads
         assert all(isinstance(session, Session) for session in sessions)
         builds = self.built[-len(sessions) + 1 :]
         return [10.0, *(10.0 + sum(self._times[n] for n in names) for names in builds)]

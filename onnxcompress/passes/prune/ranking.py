@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress._threads import usable_cores
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
 from onnxcompress.graph.coupling import Coupling, Group
@@ -119,7 +119,7 @@ def _finish(future: Future[Ranking], rankings: dict[int, Ranking]) -> None:
 
 def workers_of(ctx: PassContext) -> int:
     """How many groups to rank at a time."""
-    cores = ctx.session.threads or len(os.sched_getaffinity(0))
+    cores = ctx.session.threads or usable_cores()
     return min(cores, _MAX_WORKERS) if ctx.session.providers == ("CPUExecutionProvider",) else 1
 
 

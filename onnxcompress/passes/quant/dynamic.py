@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -25,6 +26,7 @@ from onnxcompress.passes.base import Change, PassReport, Skip
 from onnxcompress.passes.quant.aim import Aim, find_aim
 from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.constant_chains import drop_unread, fold_weight_chains
+from onnxcompress.passes.quant.cores import MAY_BE_SLOWER, Arena, thread_counts
 from onnxcompress.passes.quant.dynamic_plan import Refuse, supported, unsupported
 from onnxcompress.passes.quant.dynamic_rules import RULES, Form, element_count, forms_of
 from onnxcompress.passes.quant.dynamic_search import Item, Search, find_items, start
@@ -278,11 +280,28 @@ class _Run:
         last = results[-1]  # its executed graph is that of the base, so time need not decide
         if not scores and (rated[-1].sqnr_db < self._least_db or not self._keeps(last.model)):
             return _Result(last.base, last.base.model, {})
-        place = max(scores)[1] if scores else len(results) - 1
+        place = len(results) - 1
+        for _, contender in sorted(scores, reverse=True):
+            if contender == place or not self._slower_on_cores(results[contender].model, judge):
+                place = contender
+                break
         if results[place].forms:
             self._figures["dynamic_sqnr_db"] = round(rated[place].sqnr_db, 1)
             self._figures["speed_ratio"] = round(times[0] / times[place + 1], 3)
         return results[place]
+
+    def _slower_on_cores(self, model: ir.Model, judge: Judge) -> bool:
+        """Whether a model is slower than float with the threads that it will run on."""
+        for threads in set(thread_counts(self._ctx.session.threads)) - {1}:
+            verdict = Arena(threads, _LOSES).hear(
+                partial(open_session, self._model), partial(open_session, model), judge.timed
+            )
+            self._ctx.progress.log(str(verdict))
+            if verdict.slower:
+                return True
+            self._figures |= verdict.figures
+            self._notes += verdict.notes
+        return False
 
     def _keeps(self, model: ir.Model) -> bool:
         """Whether ``model`` keeps the user's limits on the calibration samples."""
@@ -342,7 +361,7 @@ class _Run:
         if forms and notes and result.base.static.left_in_float:
             notes.pop()
         if forms:  # the speed of the static part alone, which is not what is shipped
-            notes = [note for note in notes if not note.startswith(NOT_FASTER)]
+            notes = [n for n in notes if not n.startswith((NOT_FASTER, MAY_BE_SLOWER))]
         notes += self._notes
         if forms and not computed:
             notes.append(

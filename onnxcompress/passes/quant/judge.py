@@ -102,6 +102,11 @@ class Judge:
         if filled is not None:
             self._feeds = list(filled.spread(count).batches(1))
 
+    @property
+    def timed(self) -> Mapping[str, Array]:
+        """One run's inputs to take times with."""
+        return self._timed
+
     def rate(self, model: ir.Model, session: Session | None = None) -> Rated:
         """Run ``model`` on the samples and compare its outputs; -200 dB where it does not run.
 

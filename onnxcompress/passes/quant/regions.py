@@ -90,6 +90,7 @@ def repair(
     *,
     seconds: float,
     progress: Progress,
+    threads: int = 1,
 ) -> Repair:
     """Put slow parts back to float until the model is not slower than float.
 
@@ -100,9 +101,10 @@ def repair(
         feeds: One run's inputs.
         seconds: No further round starts after this time.
         progress: Where to report progress.
+        threads: Threads with which it is slower.
     """
     started, timed = time.monotonic(), 0
-    settings = SessionSettings(threads=1)
+    settings = SessionSettings(threads=threads)
     reference = open_session(build(frozenset()), settings)
     with progress.task("timing regions") as task:
         for _ in range(_ROUNDS):
@@ -115,7 +117,10 @@ def repair(
             ]
             sessions = [open_session(build(names), settings) for names in (chosen, *rivals)]
             times = run_times(
-                [reference, *sessions], feeds, seconds=_SECONDS_PER_RIVAL * (len(sessions) + 1)
+                [reference, *sessions],
+                feeds,
+                seconds=_SECONDS_PER_RIVAL * (len(sessions) + 1),
+                threads=threads,
             )
             timed += len(rivals)
             task.advance()

@@ -13,6 +13,7 @@ from onnxcompress import model_io
 from onnxcompress.calibration.synthetic import synthetic_dataset
 from onnxcompress.passes.quant import QuantOptions, QuantPass, by_clock, race, search
 from onnxcompress.passes.quant.clock import Stopwatch, run_times
+from onnxcompress.passes.quant.cores import Arena, Speed, Verdict
 from onnxcompress.passes.quant.judge import Rated
 from onnxcompress.passes.quant.options import Mode
 from onnxcompress.passes.quant.placement import Network
@@ -136,7 +137,9 @@ def test_accuracy_decides_where_times_are_near(
 def test_a_result_slower_than_float_is_not_shipped(
     ratio: float, integer: bool, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    speed = Speed((float(np.log(ratio)),) * 5, 0.1)
     monkeypatch.setattr(by_clock, "run_times", lambda *_, **__: [ratio, 1.0])
+    monkeypatch.setattr(Arena, "hear", lambda self, *_: Verdict(self.threads, speed, self.limit))
     model = _model("conv_chain")
     ctx = context(tmp_path, synthetic_dataset(model, samples=8, seed=0))
     ctx = type(ctx)(

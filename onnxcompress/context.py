@@ -34,6 +34,7 @@ class PassContext:
         goals: Limits of the user's that the result is judged by at the end, against ``original``.
         original: The file of the original model; None in a job without one.
         workers: How many processes may measure versions of the model.
+        passes: Names of all passes of the job, in their order.
     """
 
     target: Target
@@ -46,6 +47,7 @@ class PassContext:
     goals: Gates = field(default_factory=Gates)
     original: Path | None = None
     workers: Workers = field(default_factory=Workers)
+    passes: tuple[str, ...] = ()
 
     def at_most(self, samples: int) -> PassContext:
         """The job with no more than ``samples`` calibration samples, spread over all; 0: all."""

@@ -206,6 +206,7 @@ def run_recipe(
             goals=recipe.gates,
             original=original,
             workers=workers or Workers(),
+            passes=tuple(step.name for step in schedule.steps),
         )
         verification, written = None, False
         if dry_run:

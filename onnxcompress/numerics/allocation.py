@@ -30,6 +30,8 @@ _STEPS_LOOKED_AT = 12
 """Groups of more counts are taken to save in proportion to the units removed."""
 _INSTANT = 1e-6
 """Least part of the time that something is taken to need."""
+_HALVINGS = 8
+"""How exactly the fraction is found that an allowed loss pays for."""
 _STEPS = 4
 """A group of fewer aligned steps than this gets a finer alignment."""
 
@@ -124,6 +126,36 @@ def allocate(
         plan = found
     plan = _give_back(curves, cost, kept, plan, time)
     return _exchange(curves, cost, kept, plan, time) if exchange else plan
+
+
+def within(
+    curves: Sequence[Curve], cost: Cost, kept: float, plan: dict[int, int], allowed: float
+) -> dict[int, int]:
+    """The plan that leaves least of all whose summed loss is allowed.
+
+    Args:
+        curves: What there is to remove.
+        cost: Fraction left for given removals; 1 for none.
+        kept: The least fraction that is wanted.
+        plan: The plan for it.
+        allowed: Most summed loss.
+    """
+
+    def loss(counts: Mapping[int, int]) -> float:
+        return sum(curve.loss(counts[curve.group]) for curve in curves)
+
+    if loss(plan) <= allowed:
+        return plan
+    best = {c.group: c.counts[0] for c in curves}
+    low, high = kept, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        plan = allocate(curves, cost, middle)
+        if loss(plan) <= allowed:
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
 
 
 def _savings(

@@ -16,6 +16,7 @@ from onnxcompress.numerics.allocation import (
     allowed_counts,
     lower_hull,
     unit_step,
+    within,
 )
 
 
@@ -46,6 +47,33 @@ def test_additive_budgets_are_spent_almost_as_well_as_by_brute_force(
     # The Lagrangian misses the optimum by less than one step of one group.
     step = max(b - a for c in curves for a, b in itertools.pairwise(c.losses))
     assert loss(plan) <= best + step
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.0, 6.0), st.floats(0.2, 0.9))
+def test_an_allowed_loss_is_kept_and_used(seed: int, allowed: float, kept: float) -> None:
+    curves = [convex_curve(g, 3 * seed + g) for g in range(3)]
+
+    def cost(counts: Mapping[int, int]) -> float:
+        return 1.0 - sum(n / 24 for n in counts.values())
+
+    def loss(counts: Mapping[int, int]) -> float:
+        return sum(c.loss(counts[c.group]) for c in curves)
+
+    first = allocate(curves, cost, kept)
+    plan = within(curves, cost, kept, first, allowed)
+    assert plan == first or loss(plan) <= allowed
+    if loss(first) <= allowed:
+        assert plan == first
+    else:  # one unit more of any group would be too much
+        assert (
+            all(
+                plan[c.group] == c.counts[-1]
+                or loss({**plan, c.group: plan[c.group] + 1}) > allowed - 1e-9
+                for c in curves
+            )
+            or cost(plan) <= kept + 1 / 24
+        )
 
 
 def test_products_of_axes_are_met_too() -> None:

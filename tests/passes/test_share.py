@@ -407,6 +407,30 @@ def test_integers_of_recurrent_layers(ways: int, per_gate: bool) -> None:
     assert 0 < squares(found, expected) < 1e-2 * squares(expected)
 
 
+def test_integers_in_blocks() -> None:
+    b = ModelBuilder("blocks", domains={"com.microsoft": 1})
+    x = b.input("x", [4, 64])
+    codes = b.constant(b.rng.integers(1, 256, (48, 2, 32)).astype(np.uint8), "w")
+    scale = b.constant(b.rng.uniform(0.001, 0.002, (48, 2)).astype(np.float32), "s")
+    b.output(
+        b.op(
+            "MatMulNBits", x, codes, scale,
+            domain="com.microsoft", K=64, N=48, bits=8, block_size=32,
+        ),
+        [4, 48],
+    )  # fmt: skip
+    model = b.build()
+    model_io.normalize(model)
+    feeds = {"x": np.random.default_rng(2).normal(size=(4, 64)).astype(np.float32)}
+    (expected,) = run_model(model, feeds).values()
+    report = share(model, options(bits=6))
+    assert report.figures["codebooks"] == 1
+    (found,) = run_model(model, feeds).values()
+    assert 0 < squares(found, expected) < 1e-2 * squares(expected)
+    executed = optimized_graph(model, SETTINGS, HERE)
+    assert "Gather" not in {node.op_type for node in executed.graph}
+
+
 def test_filters_of_depthwise_convolutions_are_left_unless_named() -> None:
     b = ModelBuilder("separable")
     x = b.conv(b.input("x", [1, 64, 8, 8]), 64, 64, groups=64)

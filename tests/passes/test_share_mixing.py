@@ -98,6 +98,18 @@ def test_nothing_is_spent_where_errors_are_small() -> None:
     assert sum(code_bytes(w, options, found[w.name]) for w in WEIGHTS) <= asked
 
 
+def test_less_is_spent_the_more_is_lost_already() -> None:
+    errors = {w.name: 1e-2 for w in WEIGHTS}
+    options = ShareOptions(bits=4, margin=0.5)
+    spent = []
+    for enough in (1e-5, 2e-2, 1e-1):
+        found = chosen_bits(WEIGHTS, errors, options, enough)
+        spent.append(sum(code_bytes(w, options, found[w.name]) for w in WEIGHTS))
+    asked = sum(code_bytes(w, options, 4) for w in WEIGHTS)
+    assert spent[0] > spent[1] > spent[2]
+    assert spent[2] <= asked
+
+
 def test_weights_whose_errors_are_not_seen_keep_the_bits_asked_for() -> None:
     errors = {w.name: 0.0 for w in WEIGHTS}
     assert set(chosen_bits(WEIGHTS, errors, ShareOptions(bits=4, margin=0.5)).values()) == {4}

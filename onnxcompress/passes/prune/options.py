@@ -13,7 +13,8 @@ from onnxcompress.passes.base import PassOptions, option
 
 DEFAULT_KEPT = 0.8
 """Fraction of the MACs kept when the user names no budget."""
-
+MILDER_KEPT = 0.9
+"""The same where that costs a lot and other passes follow."""
 
 ROUND_SHARE = 0.2
 """Part of a group that goes in one round where ``keep`` alone says what goes."""

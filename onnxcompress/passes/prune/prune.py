@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -20,14 +21,21 @@ from onnxcompress.graph.cost import ModelCost, cost_of
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.labels import analyse
 from onnxcompress.graph.naming import Namer
-from onnxcompress.graph.surgery import remove
+from onnxcompress.graph.surgery import mask, remove
 from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
 from onnxcompress.passes.prune.contest import VIEWS, distinct, varied, winner
 from onnxcompress.passes.prune.jobs import Refit, refitted
+from onnxcompress.passes.prune.lost import losses_for
 from onnxcompress.passes.prune.named import noun
-from onnxcompress.passes.prune.options import Importance, Measure, PruneOptions
+from onnxcompress.passes.prune.options import (
+    DEFAULT_KEPT,
+    MILDER_KEPT,
+    Importance,
+    Measure,
+    PruneOptions,
+)
 from onnxcompress.passes.prune.recover import Recovery, recover
 from onnxcompress.passes.prune.score import (
     Ranking,
@@ -103,23 +111,14 @@ class PrunePass:
         for number in range(1, steps + 1):
             rankings = work.rank(removed)
             count = options.plans if number == steps and options.compares_plans else 1
-            plans = distinct(
-                [
-                    work.choose(varied(rankings, i), removed, number / steps, VIEWS[i].timed)
-                    for i in range(count)
-                ]
+            spent = _spent(
+                model, reference, coupling, work, rankings, removed, number / steps, count
             )
-            times = [work.time_left(plan) for plan in plans]
-            place, errors = winner(
-                model, reference, coupling, plans, work.layers, options, work.ctx, times
-            )
-            removed = dict(plans[place])
-            if errors:
-                notes.append(_contest_note(place, errors, times))
-            if options.recover and removed:
-                recovery = recover(
-                    model, reference, coupling, removed, work.layers, options, work.ctx
-                )
+            if number == steps:
+                spent, milder = self._milder(spent, model, reference, coupling, work, rankings)
+                notes.extend(milder)
+            removed, recovery = spent.removed, spent.recovery
+            notes.extend(spent.notes)
         changes = [*work.removals(rankings, removed), *_refit_changes(recovery)]
         remove(model, coupling, removed)
         _drop_zero_biases(model, added)
@@ -137,6 +136,42 @@ class PrunePass:
             },
             notes=tuple(notes),
         )
+
+    def _milder(
+        self,
+        spent: _Spent,
+        model: ir.Model,
+        reference: ir.Model,
+        coupling: Coupling,
+        work: Work,
+        rankings: Sequence[Ranking],
+    ) -> tuple[_Spent, tuple[str, ...]]:
+        """What was done, or half as much where the default costs a lot and other passes follow."""
+        options, ctx = self._options, work.ctx
+        default = options.budget is not None and not options.asks_for_budget and options.recover
+        if (
+            not default
+            or options.steps > 1
+            or not spent.removed
+            or _FOLLOWING.isdisjoint(ctx.passes)
+        ):
+            return spent, ()
+        found = losses_for(ctx, mask(model, coupling, spent.removed))
+        if found is None or found[1].error <= found[1].bearable:
+            return spent, ()
+        for graph, before in zip(model.graphs(), reference.graphs(), strict=True):
+            for name, value in graph.initializers.items():
+                value.const_value = before.initializers[name].const_value
+        work.options = dataclasses.replace(work.options, macs=MILDER_KEPT)
+        count = options.plans if options.compares_plans else 1
+        again = _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
+        cost = -10 * np.log10(found[1].error)
+        note = (
+            f"macs={MILDER_KEPT:g} was kept instead of {DEFAULT_KEPT:g}, which left {cost:.1f} dB "
+            "of the outputs on held-out samples: too little where other passes follow. Set a "
+            "budget to decide."
+        )
+        return again, (note,)
 
     def _with_data(self, ctx: PassContext) -> tuple[PruneOptions, list[str]]:
         """The options as the data allow them, and what to say about it."""
@@ -158,6 +193,45 @@ class PrunePass:
             f"No calibration data: units were chosen by {importance.value} of their weights and "
             "nothing was refitted; expect a large loss."
         ]
+
+
+_FOLLOWING = frozenset({"svd", "share"})
+"""Passes whose losses add to those of this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Units that go, how the layers behind them were refitted, and what to say about it."""
+
+    removed: dict[int, Indices]
+    recovery: Recovery
+    notes: tuple[str, ...]
+
+
+def _spent(
+    model: ir.Model,
+    reference: ir.Model,
+    coupling: Coupling,
+    work: Work,
+    rankings: Sequence[Ranking],
+    removed: Mapping[int, Indices],
+    part: float,
+    count: int,
+) -> _Spent:
+    """Spend a part of the budget by the best of ``count`` plans and refit ``model``, in place."""
+    options = work.options
+    plans = distinct(
+        [work.choose(varied(rankings, i), removed, part, VIEWS[i].timed) for i in range(count)]
+    )
+    times = [work.time_left(plan) for plan in plans]
+    layers, ctx = work.layers, work.ctx
+    place, errors = winner(model, reference, coupling, plans, layers, options, ctx, times)
+    chosen = dict(plans[place])
+    recovery = Recovery((), (), {})
+    if options.recover and chosen:
+        recovery = recover(model, reference, coupling, chosen, layers, options, ctx)
+    notes = (_contest_note(place, errors, times),) if errors else ()
+    return _Spent(chosen, recovery, notes)
 
 
 _NOTHING = "Nothing can be pruned: see the reasons of what was left alone."

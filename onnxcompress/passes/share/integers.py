@@ -6,6 +6,7 @@ DequantizeLinear(integers, scale, zero)     the float weight is its output
 Mul(Cast(integers), scale)                  likewise, with zero 0
 MatMulInteger(x, integers, ., zero)         there is no float weight; each column counts alike
 DynamicQuantizeLSTM(x, integers, ...)       nor is there; gates have scales, errors count alike
+MatMulNBits(x, integers, scale, zero)       nor is there; each block of 8-bit integers has a scale
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from onnxcompress.graph.constants import constant_of
 from onnxcompress.passes._weights import rows_of
 
 Array = npt.NDArray[np.generic]
+
+
+_BYTE = 8
+"""Bits of integers that are not packed."""
+_BLOCKED = 3
+"""Axes of a weight in blocks."""
+_ZEROS = 3
+"""Input of MatMulNBits that is the zero points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,8 @@ def read_integers(value: ir.Value) -> Integers | str:
             return _product(node)
         if node.op_type == "DynamicQuantizeLSTM" and index in {1, 2}:
             return _recurrent(node, index)
+        if node.op_type == "MatMulNBits" and index == 1:
+            return _blocks(node)
     return "these integers are no weights of one layer"
 
 
@@ -113,6 +124,20 @@ def _recurrent(node: ir.Node, index: int) -> Integers | str:
         return f"its scale of shape {scale.shape} is neither one per direction nor one per gate"
     spread = np.broadcast_to(scale.reshape(ways, 1, -1), (ways, 1, gates))
     return Integers(None, (0, 2), spread.astype(np.float32), zero)
+
+
+def _blocks(node: ir.Node) -> Integers | str:
+    """The weight [N, blocks, length] of one product, with a scale per block."""
+    array, scale = constant_of(node.inputs[1]), constant_of(node.inputs[2])
+    if node.attributes.get_int("bits", 4) != _BYTE or array is None or array.ndim != _BLOCKED:
+        return "it has codes of 4 bits already"
+    if scale is None or scale.dtype != np.float32 or scale.size != array.shape[0] * array.shape[1]:
+        return "its scale is not stored as one float32 per block"
+    given = node.inputs[3] if len(node.inputs) > _ZEROS else None
+    zero = constant_of(given) if given is not None else np.full(1, 1 << (_BYTE - 1), np.uint8)
+    if zero is None or zero.dtype != np.uint8:
+        return "its zero point is not stored as uint8"
+    return Integers(None, (0, 1), scale.reshape(*array.shape[:2], 1).astype(np.float32), zero)
 
 
 def _zero(node: ir.Node, index: int) -> Array | None:

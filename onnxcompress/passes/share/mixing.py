@@ -25,6 +25,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import set_initializer
 from onnxcompress.numerics.allocation import Curve, allocate
 from onnxcompress.passes.prune.consumers import Consumer
+from onnxcompress.passes.prune.lost import PART, losses_for
 from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import judging_samples, split
 from onnxcompress.passes.prune.suffix import SuffixProbe
@@ -39,7 +40,8 @@ _FEWER = 1
 """Bits that a weight may give up at most."""
 _MOST = 8
 _ENOUGH = 1e-5
-"""Expected error of the outputs (50 dB) below which no bytes are spent beyond those asked for."""
+"""Expected error of the outputs (50 dB) below which no bytes are spent beyond those asked for; more
+where passes before have lost more (:mod:`onnxcompress.passes.prune.lost`)."""
 _BUDGETS = 9
 """Budgets that are tried."""
 _ROUNDS = 1
@@ -73,13 +75,26 @@ def mixed_bits(
         options: How to fit codebooks, and the bits on average.
         ctx: The job; it has calibration data.
     """
-    return chosen_bits(weights, measured_errors(model, weights, layers, options, ctx), options)
+    errors = measured_errors(model, weights, layers, options, ctx)
+    found = losses_for(ctx, model)
+    enough = _ENOUGH if found is None else max(_ENOUGH, PART * found[1].error)
+    return chosen_bits(weights, errors, options, enough)
 
 
 def chosen_bits(
-    weights: Sequence[Weight], errors: Mapping[str, float], options: ShareOptions
+    weights: Sequence[Weight],
+    errors: Mapping[str, float],
+    options: ShareOptions,
+    enough: float = _ENOUGH,
 ) -> dict[str, int]:
-    """The bits of each weight's codes for errors as :func:`measured_errors` finds them."""
+    """The bits of each weight's codes for errors as :func:`measured_errors` finds them.
+
+    Args:
+        weights: The weights.
+        errors: Of each.
+        options: The bits on average, and how many bytes more there may be.
+        enough: Summed error up to which no bytes are spent beyond those asked for.
+    """
     curves, whole = [], 0
     for number, weight in enumerate(weights):
         sizes = {b: code_bytes(weight, options, b) for b in _range(errors[weight.name], options)}
@@ -104,7 +119,7 @@ def chosen_bits(
         kept = (1 + float(extra)) * asked / max(whole, 1) + 1e-12
         plan = allocate([curve for curve, _ in curves], left, kept, exchange=True)
         plan = min(plan, equal, key=lose)  # whole steps can come out worse than no step
-        if lose(plan) <= _ENOUGH:
+        if lose(plan) <= enough:
             break
     return {weight.name: curves[i][1][plan[i]] for i, weight in enumerate(weights)}
 

@@ -23,7 +23,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import PassError
 from onnxcompress.graph.constants import constant_tensor
 from onnxcompress.graph.cost import Shape, cost_of, probe_shapes
-from onnxcompress.numerics.allocation import Curve, allocate, unit_step
+from onnxcompress.numerics.allocation import Curve, allocate, unit_step, within
 from onnxcompress.numerics.low_rank import Chain, Form, Metric
 from onnxcompress.passes.base import Skip
 from onnxcompress.passes.prune.options import Budget, Measure
@@ -70,6 +70,11 @@ class Plan:
     skips: tuple[Skip, ...]
     notes: tuple[str, ...]
 
+    @property
+    def loss(self) -> float:
+        """Predicted loss of all entries together."""
+        return sum(entry.loss for entry in self.entries)
+
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
@@ -78,6 +83,15 @@ class _Offer:
     site: Site
     candidates: tuple[Candidate, ...]
     scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """What all layers can become, in groups that are measured together, with menus at hand."""
+
+    groups: Sequence[Sequence[Site]]
+    menus: Mapping[Site, tuple[Menu, Measured]]
+    offers: Sequence[_Offer]
 
 
 class Planner:
@@ -105,6 +119,7 @@ class Planner:
         self._metrics = output_metrics(model, self._sites) if options.whiten else {}
         self._skips: list[Skip] = []
         self._notes: list[str] = []
+        self._ranked: _Ranked | None = None
 
     def skips(self) -> tuple[Skip, ...]:
         """Layers that cannot become chains at all, each reason once per operator."""
@@ -128,12 +143,40 @@ class Planner:
                 found.append((site, f"down to {least} of {site.parameters} weights"))
         return found
 
-    def plan(self) -> Plan:
-        """Measure the layers and choose.
+    def plan(self, allowed: float | None = None) -> Plan:
+        """Measure the layers, the first time, and choose.
+
+        Args:
+            allowed: Most summed loss, whatever the budget says; None for the budget alone.
 
         Raises:
             PassError: If the budget that was asked for cannot be reached.
         """
+        if self._ranked is None:
+            self._ranked = self._rank()
+        ranked = self._ranked
+        chosen = self._choose(ranked.offers, allowed)
+        losses = {o.site: o.scale for o in ranked.offers}
+        entries, slow = [], []
+        for site, menu, measured in self._again(ranked.groups, ranked.menus, chosen):
+            candidate = chosen[site]
+            chains: list[Chain] | None = menu.chains(candidate)
+            if self._options.for_latency:
+                candidate, chains = self._fast(menu, candidate)
+            if chains is None:
+                reason = "a chain is not faster than the layer, by the clock"
+                slow.append(Skip(site.node, site.op_type, reason))
+                continue
+            bias = self._bias(site, measured, chains)
+            loss = losses[site] * candidate.loss
+            entries.append(Entry(site, candidate, chains, bias, loss))
+        order = {site: i for i, site in enumerate(self._sites)}
+        entries.sort(key=lambda e: order[e.site])
+        notes = tuple(dict.fromkeys(self._notes))
+        return Plan(tuple(entries), self._metrics, (*self._skips, *slow), notes)
+
+    def _rank(self) -> _Ranked:
+        """What every layer can become and what that costs."""
         sites = [s for s in self._sites if self._wanted(s)]
         groups = list(batches(sites))
         menus: dict[Site, tuple[Menu, Measured]] = {}
@@ -154,29 +197,7 @@ class Planner:
                         if len(groups) == 1 and ranking is self._ctx:
                             menus[site] = (menu, measured)
                         task.advance()
-        chosen = self._choose(offers)
-        losses = {o.site: o.scale for o in offers}
-        entries = []
-        for site, menu, measured in self._again(groups, menus, chosen):
-            candidate = chosen[site]
-            chains: list[Chain] | None = menu.chains(candidate)
-            if self._options.for_latency:
-                candidate, chains = self._fast(menu, candidate)
-            if chains is None:
-                self._skips.append(
-                    Skip(
-                        site.node,
-                        site.op_type,
-                        "a chain is not faster than the layer, by the clock",
-                    )
-                )
-                continue
-            bias = self._bias(site, measured, chains)
-            loss = losses[site] * candidate.loss
-            entries.append(Entry(site, candidate, chains, bias, loss))
-        order = {site: i for i, site in enumerate(self._sites)}
-        entries.sort(key=lambda e: order[e.site])
-        return Plan(tuple(entries), self._metrics, tuple(self._skips), tuple(self._notes))
+        return _Ranked(groups, menus, offers)
 
     def faster(self, changed: ir.Model) -> bool:
         """Whether ``changed`` as a whole is faster than the model, by the clock."""
@@ -207,10 +228,7 @@ class Planner:
         menus: Mapping[Site, tuple[Menu, Measured]],
         chosen: Mapping[Site, Candidate],
     ) -> Iterator[tuple[Site, Menu, Measured]]:
-        """The chosen sites with their menus, measured once more where those are not at hand.
-
-        They are not where memory did not keep them, or where only a part of the samples ranked.
-        """
+        """The chosen sites with their menus, measured once more where only a part ranked them."""
         for group in groups:
             wanted = [s for s in group if s in chosen]
             if menus:
@@ -295,7 +313,9 @@ class Planner:
 
     # --- choice ----------------------------------------------------------------------------------
 
-    def _choose(self, offers: Sequence[_Offer]) -> dict[Site, Candidate]:
+    def _choose(
+        self, offers: Sequence[_Offer], allowed: float | None = None
+    ) -> dict[Site, Candidate]:
         """One candidate per site that is replaced.
 
         Raises:
@@ -324,6 +344,8 @@ class Planner:
         if offers and reached > budget.kept + 1e-9:
             self._unreachable(budget, reached)
             return {}
+        if allowed is not None:
+            plan = within(curves, left, budget.kept, plan, allowed)
         return {offers[i].site: tables[i][n] for i, n in plan.items() if n}
 
     def _savings(self, offer: _Offer, measure: Measure) -> dict[int, Candidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.cost import ModelCost, cost_of
 from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, PassReport, Stage
+from onnxcompress.passes.svd.allowance import Factorized, limit_of
 from onnxcompress.passes.svd.emit import Writer, Written
 from onnxcompress.passes.svd.options import SvdOptions
 from onnxcompress.passes.svd.planning import Plan, Planner
@@ -69,9 +71,11 @@ class SvdPass:
         options, limited, notes = self._with_data(ctx)
         ctx = unpadded(model, limited) if options.whiten or options.recover else limited
         notes += [NOTE] if ctx is not limited else []
-        planner = Planner(model, options, ctx)
+        reference = model_io.clone(model)
+        planner = Planner(reference, options, ctx)
         before = cost_of(model)
-        plan = planner.plan()
+        limit = None if options.asks_for_budget or not options.budget else limit_of(reference, ctx)
+        plan = planner.plan(None if limit is None else limit.allowed)
         notes.extend(plan.notes)
         if options.for_latency and plan.entries and not self._is_faster(model, planner, plan):
             plan = dataclasses.replace(plan, entries=())
@@ -79,16 +83,20 @@ class SvdPass:
                 "Nothing was factorized: the model as a whole would not get faster. Set "
                 "svd.objective=size to factorize all the same."
             )
-        reference = model_io.clone(model)
-        written = _write(model, plan)
-        refits: list[Refit] = []
-        if options.recover and written:
-            refits = recover(model, reference, written, plan.metrics, options, ctx)
-        notes.extend(_row_notes(refits))
+        done = _factorized(reference, plan, options, ctx)
+        if limit is not None and done.written:
+            done, note = limit.kept_to(
+                done, planner, lambda p: _factorized(reference, p, options, ctx)
+            )
+            notes.append(note)
+        elif limit is not None and not options.for_latency:
+            notes.append(limit.nothing)
+        model.graph = done.model.graph
+        notes.extend(_row_notes(done.refits))
         return PassReport(
-            changes=(*_changes(plan), *_refit_changes(refits)),
-            skips=(*planner.skips(), *plan.skips),
-            figures={**_figures(before, cost_of(model)), "layers_factorized": len(written)},
+            changes=(*_changes(done.plan), *_refit_changes(done.refits)),
+            skips=(*planner.skips(), *done.plan.skips),
+            figures={**_figures(before, cost_of(model)), "layers_factorized": len(done.written)},
             notes=tuple(notes),
         )
 
@@ -126,6 +134,18 @@ _FEW_ROWS = 10
 _NOTHING = "Nothing can be factorized: see the reasons of what was left alone."
 
 
+def _factorized(
+    reference: ir.Model, plan: Plan, options: SvdOptions, ctx: PassContext
+) -> Factorized:
+    """A copy of a model with its layers replaced and refitted."""
+    model = model_io.clone(reference)
+    written = _write(model, plan)
+    refits: Sequence[Refit] = ()
+    if options.recover and written:
+        refits = recover(model, reference, written, plan.metrics, options, ctx)
+    return Factorized(model, plan, written, refits)
+
+
 def _write(model: ir.Model, plan: Plan) -> list[Written]:
     writer = Writer(model)
     return [writer.write(e.site, e.chains, e.bias) for e in plan.entries]
@@ -146,7 +166,7 @@ def _changes(plan: Plan) -> list[Change]:
     return changes
 
 
-def _refit_changes(refits: list[Refit]) -> list[Change]:
+def _refit_changes(refits: Sequence[Refit]) -> list[Change]:
     changes = []
     for refit in refits:
         if refit.ridge is None:
@@ -160,7 +180,7 @@ def _refit_changes(refits: list[Refit]) -> list[Change]:
     return changes
 
 
-def _row_notes(refits: list[Refit]) -> list[str]:
+def _row_notes(refits: Sequence[Refit]) -> list[str]:
     few = [r for r in refits if r.rows_per_column < _FEW_ROWS]
     if not few:
         return []

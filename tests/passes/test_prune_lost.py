@@ -54,7 +54,8 @@ def damaged(model: ir.Model, part: float) -> ir.Model:
         array = constant_of(value)
         if array is not None and array.ndim > 1:
             noise = random.normal(0.0, part * float(array.std()), array.shape)
-            set_initializer(result.graph, name, (array + noise).astype(array.dtype))
+            changed = array.astype(np.float64) + noise
+            set_initializer(result.graph, name, changed.astype(array.dtype))
     return result
 
 
@@ -100,7 +101,8 @@ def test_losses_are_those_on_held_out_samples(tmp_path: Path) -> None:
     data = dataset(model)
     found = Losses(job(model, tmp_path, data=data), data, model).of(changed)
     held_out = {"x": samples(64)["x"][3::4]}
-    (y,), (z,) = (run_model(m, held_out).values() for m in (model, changed))
+    outputs = [run_model(m, held_out).values() for m in (model, changed)]
+    y, z = (next(iter(arrays)).astype(np.float64) for arrays in outputs)
     assert found.error == pytest.approx(float(np.sum((z - y) ** 2) / np.sum(y**2)), rel=1e-4)
     assert (found.room, found.bearable) == (ROOM, BEARABLE)
 

@@ -25,7 +25,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import set_initializer
 from onnxcompress.numerics.allocation import Curve, allocate
 from onnxcompress.passes.prune.consumers import Consumer
-from onnxcompress.passes.prune.lost import PART, losses_for
+from onnxcompress.passes.prune.lost import losses_for
 from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import judging_samples, split
 from onnxcompress.passes.prune.suffix import SuffixProbe
@@ -42,6 +42,8 @@ _MOST = 8
 _ENOUGH = 1e-5
 """Expected error of the outputs (50 dB) below which no bytes are spent beyond those asked for; more
 where passes before have lost more (:mod:`onnxcompress.passes.prune.lost`)."""
+_LOSSY = frozenset({"prune", "svd"})
+"""Passes that lose more than codes do."""
 _BUDGETS = 9
 """Budgets that are tried."""
 _ROUNDS = 1
@@ -76,8 +78,8 @@ def mixed_bits(
         ctx: The job; it has calibration data.
     """
     errors = measured_errors(model, weights, layers, options, ctx)
-    found = losses_for(ctx, model)
-    enough = _ENOUGH if found is None else max(_ENOUGH, PART * found[1].error)
+    found = None if _LOSSY.isdisjoint(ctx.passes) else losses_for(ctx, model)
+    enough = _ENOUGH if found is None else max(_ENOUGH, found[1].allowed)
     return chosen_bits(weights, errors, options, enough)
 
 

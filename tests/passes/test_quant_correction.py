@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 import pytest
 
 from onnxcompress import model_io
@@ -16,8 +18,11 @@ from onnxcompress.passes.quant.build import Builder
 from onnxcompress.passes.quant.correction import correct_biases, sqnr_db
 from onnxcompress.passes.quant.operators import Kind
 from onnxcompress.passes.quant.options import QuantOptions
+from onnxcompress.runtime import open_session
 from tests.builder import ModelBuilder
-from tests.running import context
+from tests.running import SETTINGS, context
+
+FloatData = npt.NDArray[np.float32]
 
 
 @pytest.fixture
@@ -100,6 +105,42 @@ def test_each_node_alone_is_nearer_than_the_whole(job: tuple[Builder, PassContex
     assert min(alone.values()) > 25
     last = next(reversed(built.plan.nodes))
     assert alone[last] > built.worst_output()
+
+
+def test_classes_are_compared_by_their_logits(tmp_path: Path) -> None:
+    """Probabilities of sure classes hide the noise; what all logits share is none."""
+    b = ModelBuilder("classes")
+    x = b.input("x", ["batch", 16])
+    logits = b.op("Gemm", x, b.constant(10 * b.rng.normal(size=(16, 5)).astype(np.float32)))
+    b.output(b.op("Softmax", logits, axis=-1))
+    model = b.build()
+    model_io.normalize(model)
+    data = b.rng.normal(size=(16, 16)).astype(np.float32)
+    ctx = context(tmp_path, open_dataset({"x": data}, input_specs(model)))
+    options = QuantOptions.parse({"ranges": "minmax", "weights": "nearest"}, owner="quant")
+    builder = Builder(model, options, ctx)
+    chosen = _chosen(builder)
+    builder.measure(chosen)
+    built = builder.careful(chosen)
+    quantized = builder.write(built.plan, built.affines, built.layers).model
+    wanted, found = (_logits(each, data) for each in (model, quantized))
+    noise = float(np.square(wanted - found).sum())
+    (seen,) = built.correction.logit_sqnr_db.values()
+    assert seen == pytest.approx(sqnr_db(float(np.square(wanted).sum()), noise), abs=0.05)
+    assert built.correction.rank_db == seen
+    assert built.worst_output() != pytest.approx(seen, abs=0.5)
+
+
+def _logits(model: ir.Model, data: FloatData) -> FloatData:
+    """What the Softmax reads, without its mean over the classes."""
+    copy = model_io.clone(model)
+    (softmax,) = (node for node in copy.graph if node.op_type == "Softmax")
+    (read,) = softmax.inputs
+    assert read is not None
+    read.dtype = ir.DataType.FLOAT
+    copy.graph.outputs.append(read)
+    found = open_session(copy, SETTINGS).run({"x": data})[read.name or ""]
+    return np.asarray(found - found.mean(axis=1, keepdims=True), np.float32)
 
 
 def test_sqnr_of_no_noise_and_of_no_signal() -> None:

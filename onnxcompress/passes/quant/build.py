@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcompress import model_io, runtime
@@ -199,7 +198,7 @@ class Builder:
         few, rest, share = parted_samples(self._ctx, self.macs)
         best = max(
             (self._calibrated(plan, m, wide, few) for m in AUTO_RANGES),
-            key=Built.worst_output,
+            key=lambda built: built.correction.rank_db,
         )
         # Few samples show which ranges are better; what biases lack needs more.
         if share and best.correction.shifts:
@@ -258,13 +257,12 @@ class Builder:
         return Built(plan, affines, layers, correction, method)
 
     def quick_sqnr_db(self, chosen: frozenset[str]) -> float:
-        """SQNR of the worst output with whole ranges."""
+        """SQNR of the worst output, or its logits, with whole ranges."""
         plan = make_plan(self.network, chosen)
         affines = range_affines(make_groups(self.network, plan, self._measured.ranges), self._grid)
         layers = self._layers(plan, affines, self._measured.covariances)
         quantized = self.write(plan, affines, layers)
-        ratios = correct_biases(self._ctx, self.model, quantized, {}).output_sqnr_db
-        return min(ratios.values(), default=np.inf)
+        return correct_biases(self._ctx, self.model, quantized, {}).rank_db
 
     def _weighted(self, plan: Plan) -> dict[str, ir.Node]:
         return {

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -62,10 +62,19 @@ class Correction:
     Attributes:
         shifts: Weighted node to what its bias lacks, [O].
         output_sqnr_db: SQNR of each floating-point output of the model, with the biases corrected.
+        logit_sqnr_db: For those that a Softmax makes, the SQNR of what it reads, but for what is
+            added to all classes alike. Probabilities of sure classes show no noise, so their
+            SQNR hangs on the few samples that are not sure.
     """
 
     shifts: Mapping[str, FloatArray]
     output_sqnr_db: Mapping[str, float]
+    logit_sqnr_db: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rank_db(self) -> float:
+        """What versions of one model are compared by: SQNR of the worst output, or its logits."""
+        return min({**self.output_sqnr_db, **self.logit_sqnr_db}.values(), default=math.inf)
 
     def joined(self, other: Correction, share: float) -> Correction:
         """What both runs together showed, of the same network on other samples.
@@ -76,12 +85,19 @@ class Correction:
         """
         return Correction(
             {n: (1 - share) * s + share * other.shifts[n] for n, s in self.shifts.items()},
-            {
-                n: -10.0 * math.log10((1 - share) * _ratio(db) + share * _ratio(other_db))
-                for n, db in self.output_sqnr_db.items()
-                for other_db in [other.output_sqnr_db[n]]
-            },
+            _joined_db(self.output_sqnr_db, other.output_sqnr_db, share),
+            _joined_db(self.logit_sqnr_db, other.logit_sqnr_db, share),
         )
+
+
+def _joined_db(
+    mine: Mapping[str, float], theirs: Mapping[str, float], share: float
+) -> dict[str, float]:
+    """SQNR over two sets of samples, of which the second has ``share``."""
+    return {
+        name: -10.0 * math.log10((1 - share) * _ratio(db) + share * _ratio(theirs[name]))
+        for name, db in mine.items()
+    }
 
 
 def _ratio(db: float) -> float:
@@ -127,16 +143,26 @@ def correct_biases(
         for k, value in enumerate(model.graph.outputs)
         if value.dtype == ir.DataType.FLOAT and not value.is_initializer()
     }
+    logits = {
+        value.name or "": pair.compare_logits(softmax)
+        for value in model.graph.outputs
+        if (softmax := value.producer()) is not None and softmax.op_type == "Softmax"
+    }
     pair.model.graph.sort()
     few = ctx if nodes else few_samples(ctx)
     wide = replace(few, batch_size=_even_batch(few))
-    requests = [*shifts.values(), *(r for both in outputs.values() for r in both)]
+    both_sides = [*outputs.values(), *logits.values()]
+    requests = [*shifts.values(), *(r for both in both_sides for r in both)]
     found = wide.collect(pair.model, requests, description="correcting biases")
     return Correction(
         shifts={name: found[request].mean for name, request in shifts.items()},
         output_sqnr_db={
             name: sqnr_db(_energy(found[signal]), _energy(found[noise]))
             for name, (signal, noise) in outputs.items()
+        },
+        logit_sqnr_db={
+            name: sqnr_db(_energy(found[signal]), _energy(found[noise]))
+            for name, (signal, noise) in logits.items()
         },
     )
 
@@ -253,24 +279,43 @@ class _Pair:
         error = self._add("Sub", [self._float_nodes[name].outputs[0], output], output)
         rank = len(output.shape) if output.shape is not None else 0
         axes = [i for i in range(rank) if i != axis % rank]
-        if self._opset >= 18:
-            where = set_initializer(
-                self.model.graph, self._namer.value(f"{name}/quant_axes"), np.array(axes, np.int64)
-            )
-            mean = self._add("ReduceMean", [error, where], output, {"keepdims": 1})
-        else:
-            mean = self._add("ReduceMean", [error], output, {"keepdims": 1, "axes": axes})
-        mean.shape = None
+        mean = self._mean(error, axes, output)
         corrected = self._add("Add", [output, mean], output)
         for node, place in readers:
             node.replace_input_with(place, corrected)
         return self._flat(mean)
+
+    def _mean(self, value: ir.Value, axes: list[int], like: ir.Value) -> ir.Value:
+        if self._opset >= 18:
+            where = set_initializer(
+                self.model.graph,
+                self._namer.value(f"{like.name}/quant_axes"),
+                np.array(axes, np.int64),
+            )
+            mean = self._add("ReduceMean", [value, where], like, {"keepdims": 1})
+        else:
+            mean = self._add("ReduceMean", [value], like, {"keepdims": 1, "axes": axes})
+        mean.shape = None
+        return mean
 
     def compare(self, name: str, other: ir.Value) -> _Comparison:
         """Requests for the energies of the float value ``name`` and of what ``other`` lacks."""
         mine = self._floats[name]
         noise = self._add("Sub", [mine, other], mine)
         return self._energy(mine), self._energy(noise)
+
+    def compare_logits(self, softmax: ir.Node) -> _Comparison:
+        """The same for what a Softmax of the float model reads, less its mean over the classes."""
+        name = softmax.inputs[0].name or "" if softmax.inputs[0] is not None else ""
+        axis = softmax.attributes.get_int("axis", -1)
+        mine = self._floats[name]
+        noise = self._add("Sub", [mine, self._twins[name]], mine)
+        signal, error = (self._energy(self._centred(each, axis)) for each in (mine, noise))
+        return signal, error
+
+    def _centred(self, value: ir.Value, axis: int) -> ir.Value:
+        mean = self._mean(value, [axis], value)
+        return self._add("Sub", [value, mean], value)
 
     def _energy(self, value: ir.Value) -> MeanRequest:
         """Request for the mean over runs of the sum of squares of ``value``."""

@@ -131,6 +131,23 @@ def test_classes_are_compared_by_their_logits(tmp_path: Path) -> None:
     assert built.worst_output() != pytest.approx(seen, abs=0.5)
 
 
+def test_a_softmax_of_constants_has_no_logits(tmp_path: Path) -> None:
+    b = ModelBuilder("constant")
+    x = b.input("x", ["batch", 4, 6, 6])
+    b.output(b.conv(x, 4, 4))
+    b.output(b.op("Softmax", b.weight(1, 4), axis=-1))
+    model = b.build()
+    model_io.normalize(model)
+    data = b.rng.normal(size=(8, 4, 6, 6)).astype(np.float32)
+    ctx = context(tmp_path, open_dataset({"x": data}, input_specs(model)))
+    builder = Builder(model, QuantOptions.parse({"ranges": "minmax"}, owner="quant"), ctx)
+    chosen = _chosen(builder)
+    builder.measure(chosen)
+    correction = builder.careful(chosen).correction
+    assert correction.logit_sqnr_db == {}
+    assert correction.rank_db == min(correction.output_sqnr_db.values())
+
+
 def _logits(model: ir.Model, data: FloatData) -> FloatData:
     """What the Softmax reads, without its mean over the classes."""
     copy = model_io.clone(model)

@@ -144,9 +144,9 @@ def correct_biases(
         if value.dtype == ir.DataType.FLOAT and not value.is_initializer()
     }
     logits = {
-        value.name or "": pair.compare_logits(softmax)
+        value.name or "": compared
         for value in model.graph.outputs
-        if (softmax := value.producer()) is not None and softmax.op_type == "Softmax"
+        if value.name in outputs and (compared := pair.compare_logits(value)) is not None
     }
     pair.model.graph.sort()
     few = ctx if nodes else few_samples(ctx)
@@ -163,6 +163,7 @@ def correct_biases(
         logit_sqnr_db={
             name: sqnr_db(_energy(found[signal]), _energy(found[noise]))
             for name, (signal, noise) in logits.items()
+            if math.isfinite(_energy(found[noise]))  # masks add minus infinity
         },
     )
 
@@ -304,9 +305,17 @@ class _Pair:
         noise = self._add("Sub", [mine, other], mine)
         return self._energy(mine), self._energy(noise)
 
-    def compare_logits(self, softmax: ir.Node) -> _Comparison:
-        """The same for what a Softmax of the float model reads, less its mean over the classes."""
-        name = softmax.inputs[0].name or "" if softmax.inputs[0] is not None else ""
+    def compare_logits(self, output: ir.Value) -> _Comparison | None:
+        """The same for what the Softmax behind ``output`` reads, less its mean over the classes.
+
+        None where no Softmax makes it, or what it reads is not computed in both networks.
+        """
+        softmax = output.producer()
+        if softmax is None or softmax.op_type != "Softmax" or softmax.domain not in {"", "ai.onnx"}:
+            return None
+        name = "" if softmax.inputs[0] is None else softmax.inputs[0].name or ""
+        if name not in self._floats or name not in self._twins:
+            return None
         axis = softmax.attributes.get_int("axis", -1)
         mine = self._floats[name]
         noise = self._add("Sub", [mine, self._twins[name]], mine)

@@ -168,3 +168,9 @@ def test_heats_end_when_all_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sessions_that_scatter_far_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _winners(monkeypatch, [1.0, 0.99], [0.0, -0.016], noise=0.05, luck=0.06)
     assert sum(found) <= 0.1 * len(SEEDS)
+
+
+def test_more_merit_wins_where_the_clock_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _winners(monkeypatch, [1.0, 1.0], [0.0, 0.016], noise=0.05, luck=0.03)
+    assert sum(found) >= 0.85 * len(SEEDS)
+    assert sum(_winners(monkeypatch, [1.0, 1.1], [0.0, 0.016], noise=0.05, luck=0.03)) <= 2

@@ -198,7 +198,7 @@ class Builder:
         few, rest, share = parted_samples(self._ctx, self.macs)
         best = max(
             (self._calibrated(plan, m, wide, few) for m in AUTO_RANGES),
-            key=lambda built: built.correction.rank_db,
+            key=Built.worst_output,
         )
         # Few samples show which ranges are better; what biases lack needs more.
         if share and best.correction.shifts:

@@ -19,8 +19,9 @@ the error of a median of n turns, σ from the median absolute deviation (3 turns
 turns seem to agree more than they do): few heats may agree by chance.
 
 A clock alone decides near ties by chance. So the first model keeps its place unless another one
-gains more than a margin, and that clearly: more than two and a half times the error, or with a
-merit that is greater by 0.01 at least, which is not measured in time and does not scatter. Heats go
+gains more than a margin, and that clearly, more than two and a half times the error. A model whose
+merit is greater by 0.01 at least, which is not measured in time and does not scatter, needs no more
+than to be no worse within the error: where the clock cannot tell two apart, merit decides. Heats go
 on as long as a comparison is open. The best one wins, and of what the clock cannot tell apart from
 it the one with the greatest fidelity.
 """
@@ -48,7 +49,7 @@ _MOST_TIED = 0.03
 """Further behind the best one no noise makes a tie."""
 
 _SOME_MERIT = 0.01
-"""A model of more merit wins without being clear of the noise: what does not scatter decides."""
+"""A model of so much more merit wins without being clear of the noise, nor of the margin."""
 
 _SHARE_TO_DROP = 0.25
 """Share of the time to find the models that are clearly slower."""
@@ -189,6 +190,10 @@ def contest(
         found = {place: _pooled(each) for place, each in heats.items()}
         return {p: Gain(g.value + merits[p] - merits[0], g.error) for p, g in found.items()}
 
+    def is_open(place: int, score: Gain) -> bool:
+        much = merits[place] >= merits[0] + _SOME_MERIT
+        return score.is_open(0.0 if much else margin, _Z_EARLY)
+
     clock, open_places = heat.clock, list(heats)
     stop = clock() + (1.0 - _SHARE_TO_DROP) * seconds
     for count in range(2, _MOST_HEATS + 1):
@@ -203,8 +208,9 @@ def contest(
         for place in open_places:
             heats[place].append(race.gain(order.index(place), order.index(0)))
         if count >= _FEWEST_HEATS:
-            now = scores()
-            open_places = [p for p in open_places if now[p].is_open(margin, _Z_EARLY)]
+            open_places = [
+                p for p, score in scores().items() if p in open_places and is_open(p, score)
+            ]
     found = scores()
     return Result(_decided(found, found_merits, 0, margin), heat.seconds, found)
 
@@ -220,19 +226,26 @@ def _pooled(heats: Sequence[Gain]) -> Gain:
 def _decided(
     scores: Mapping[int, Gain], merits: Mapping[int, Merit], first: int, margin: float
 ) -> int:
-    """The winner among those that clearly gain over ``first``; ``first`` if none does."""
-    least = merits[first].value + _SOME_MERIT
-    clear = [
-        score.value
+    """The winner among those that are above their bar; ``first`` if none is."""
+    above = [
+        place
         for place, score in scores.items()
-        if score.value > max(margin, 0.0 if merits[place].value >= least else _Z * score.error)
+        if score.value > _bar(score, merits[place], merits[first], margin)
     ]
-    if not clear:
+    if not above:
         return first
-    best = max(clear)
+    best = max(scores[place].value for place in above)
     tied = [
         place
         for place, score in scores.items()
-        if score.value > margin and best - score.value <= max(margin, min(score.error, _MOST_TIED))
+        if (place in above or score.value > margin)
+        and best - score.value <= max(margin, min(score.error, _MOST_TIED))
     ]
     return max(tied, key=lambda place: (merits[place].fidelity, -place))
+
+
+def _bar(score: Gain, merit: Merit, first: Merit, margin: float) -> float:
+    """What a model must gain in all."""
+    if merit.value >= first.value + _SOME_MERIT:
+        return -min(score.error, _MOST_TIED)
+    return max(margin, _Z * score.error)

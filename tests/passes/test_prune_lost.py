@@ -158,3 +158,27 @@ def test_prune_takes_half_where_its_default_costs_much_and_others_follow(
     ratio, milder = kept[None, ("prune", "svd")]
     assert milder
     assert 0.8 < ratio <= 0.9
+
+
+def test_before_integers_channels_go_in_whole_steps_where_that_is_bearable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    found = {}
+    for bearable in (1.0, 1e-6):
+        monkeypatch.setattr(lost, "BEARABLE", bearable)
+        for passes in (("prune",), ("prune", "quant")):
+            result = model_io.clone(model)
+            report = PrunePass().run(result, job(model, tmp_path, *passes))
+            noted = any("in the target's whole steps" in note for note in report.notes)
+            weights = [n.inputs[1] for n in result.graph if n.op_type == "Conv"]
+            widths = [len(array) for w in weights if (array := constant_of(w)) is not None]
+            found[bearable, passes] = noted, widths
+            assert float(report.figures["macs_kept_ratio"]) <= 0.8
+    noted, widths = found[1.0, ("prune", "quant")]
+    assert noted
+    assert all(width % 16 == 0 for width in widths)
+    plain = found[1.0, ("prune",)]
+    assert not plain[0]
+    assert plain[1] == found[1e-6, ("prune",)][1] == found[1e-6, ("prune", "quant")][1]
+    assert any(width % 16 for width in plain[1])

@@ -111,12 +111,11 @@ class PrunePass:
         for number in range(1, steps + 1):
             rankings = work.rank(removed)
             count = options.plans if number == steps and options.compares_plans else 1
-            spent = _spent(
-                model, reference, coupling, work, rankings, removed, number / steps, count
-            )
-            if number == steps:
-                spent, milder = self._milder(spent, model, reference, coupling, work, rankings)
-                notes.extend(milder)
+            if number == steps == 1:
+                spent = self._spent_once(model, reference, coupling, work, rankings)
+            else:
+                part = number / steps
+                spent = _spent(model, reference, coupling, work, rankings, removed, part, count)
             removed, recovery = spent.removed, spent.recovery
             notes.extend(spent.notes)
         changes = [*work.removals(rankings, removed), *_refit_changes(recovery)]
@@ -137,41 +136,56 @@ class PrunePass:
             notes=tuple(notes),
         )
 
-    def _milder(
+    def _spent_once(
         self,
-        spent: _Spent,
         model: ir.Model,
         reference: ir.Model,
         coupling: Coupling,
         work: Work,
         rankings: Sequence[Ranking],
-    ) -> tuple[_Spent, tuple[str, ...]]:
-        """What was done, or half as much where the default costs a lot and other passes follow."""
+    ) -> _Spent:
+        """Spend the budget; the default one as the passes that follow want it.
+
+        Before ``quant`` channels go in steps that integer kernels gain from. Where that, or the
+        budget itself before ``svd`` or ``share``, costs more than is bearable, finer steps are
+        taken, and half as much goes.
+        """
         options, ctx = self._options, work.ctx
+        count = options.plans if options.compares_plans else 1
         default = options.budget is not None and not options.asks_for_budget and options.recover
-        if (
-            not default
-            or options.steps > 1
-            or not spent.removed
-            or _FOLLOWING.isdisjoint(ctx.passes)
-        ):
-            return spent, ()
-        found = losses_for(ctx, mask(model, coupling, spent.removed))
-        if found is None or found[1].error <= found[1].bearable:
-            return spent, ()
+        judged = default and ctx.original is not None and ctx.calibration is not None
+        whole = judged and not options.align and "quant" in ctx.passes
+        follows = judged and not _FOLLOWING.isdisjoint(ctx.passes)
+        notes = list(work.notes)
+        work.whole_steps = whole
+        spent = _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
+        work.whole_steps = False
+        if not whole and not (follows and spent.removed):
+            return spent
+        cost = ""
+        if spent.removed:
+            found = losses_for(ctx, mask(model, coupling, spent.removed))
+            if found is None or found[1].error <= found[1].bearable:
+                return (
+                    dataclasses.replace(spent, notes=(*spent.notes, _STEPS_NOTE))
+                    if whole
+                    else spent
+                )
+            cost = f"{-10 * np.log10(found[1].error):.1f} dB"
         for graph, before in zip(model.graphs(), reference.graphs(), strict=True):
             for name, value in graph.initializers.items():
                 value.const_value = before.initializers[name].const_value
+        work.notes = notes
+        if not follows or not cost:
+            return _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
         work.options = dataclasses.replace(work.options, macs=MILDER_KEPT)
-        count = options.plans if options.compares_plans else 1
-        again = _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
-        cost = -10 * np.log10(found[1].error)
+        spent = _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
         note = (
-            f"macs={MILDER_KEPT:g} was kept instead of {DEFAULT_KEPT:g}, which left {cost:.1f} dB "
-            "of the outputs on held-out samples: too little where other passes follow. Set a "
-            "budget to decide."
+            f"macs={MILDER_KEPT:g} was kept instead of {DEFAULT_KEPT:g}, which left {cost} of the "
+            "outputs on held-out samples: too little where other passes follow. Set a budget to "
+            "decide."
         )
-        return again, (note,)
+        return dataclasses.replace(spent, notes=(*spent.notes, note))
 
     def _with_data(self, ctx: PassContext) -> tuple[PruneOptions, list[str]]:
         """The options as the data allow them, and what to say about it."""
@@ -197,6 +211,12 @@ class PrunePass:
 
 _FOLLOWING = frozenset({"svd", "share"})
 """Passes whose losses add to those of this one."""
+
+
+_STEPS_NOTE = (
+    "Channels went in the target's whole steps, since narrower layers would not be faster on "
+    "integers. Set prune.align or a budget to decide."
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ class Work:
         self.model, self.coupling, self.options = model, coupling, options
         self._ledger = ledger
         self.notes: list[str] = []
+        self.whole_steps = False
+        """Whether channels go in the target's own steps, also where groups are narrow."""
         limited = ctx.at_most(options.samples)
         self.ctx = unpadded(model, limited)
         if self.ctx is not limited:
@@ -83,7 +85,8 @@ class Work:
         """
         options = self.options
         align = options.align or self.ctx.target.channel_alignment
-        step = unit_step(group.size, width_of(group), align, strict=options.align > 0)
+        strict = options.align > 0 or self.whole_steps
+        step = unit_step(group.size, width_of(group), align, strict=strict)
         kept = self._kept.get(group.index)
         whole_too = (group.size,) if group.index in self._branches else ()
         if kept is not None:

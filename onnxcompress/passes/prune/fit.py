@@ -30,6 +30,8 @@ _WIDE = 2048
 """Layers wider than this are judged by one half of the samples for the other, to save memory."""
 _JUDGED = 128
 """Outputs of a layer by which its ridge is chosen at most; all share it."""
+_FEW_ROWS = 4096
+"""Least number of rows where plans are compared."""
 _FALLBACK_RIDGE = 1e-1
 """Where there are too few samples to hold any out."""
 
@@ -51,7 +53,7 @@ class Effort:
 
 THOROUGH = Effort(FOLDS, 2, row_limit)
 """What the result is made with."""
-QUICK = Effort(2, 0, row_limit)
+QUICK = Effort(2, 0, lambda width: max(_FEW_ROWS, 10 * width))
 """What is enough to compare plans by."""
 
 

@@ -25,7 +25,7 @@ from onnxcompress.graph.surgery import mask, remove
 from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
-from onnxcompress.passes.prune.contest import VIEWS, distinct, varied, winner
+from onnxcompress.passes.prune.contest import Judge, Plan, Trial, best_plan
 from onnxcompress.passes.prune.jobs import Refit, refitted
 from onnxcompress.passes.prune.lost import losses_for
 from onnxcompress.passes.prune.named import noun
@@ -37,9 +37,8 @@ from onnxcompress.passes.prune.options import (
     PruneOptions,
 )
 from onnxcompress.passes.prune.recover import Recovery, recover
-from onnxcompress.passes.prune.score import (
-    Ranking,
-)
+from onnxcompress.passes.prune.samples import contest_size
+from onnxcompress.passes.prune.score import Ranking
 from onnxcompress.passes.prune.states import state_notes
 from onnxcompress.passes.prune.work import Work
 
@@ -239,19 +238,24 @@ def _spent(
     count: int,
 ) -> _Spent:
     """Spend a part of the budget by the best of ``count`` plans and refit ``model``, in place."""
-    options = work.options
-    plans = distinct(
-        [work.choose(varied(rankings, i), removed, part, VIEWS[i].timed) for i in range(count)]
-    )
-    times = [work.time_left(plan) for plan in plans]
-    layers, ctx = work.layers, work.ctx
-    place, errors = winner(model, reference, coupling, plans, layers, options, ctx, times)
-    chosen = dict(plans[place])
+    options, layers, ctx = work.options, work.layers, work.ctx
+
+    def make(seen: Sequence[Ranking], timed: bool) -> Plan:
+        return work.choose(seen, removed, part, timed)
+
+    if count > 1 and ctx.calibration is not None:
+        count, samples = contest_size(model, ctx.calibration, count)
+        judge = Judge(model, reference, coupling, layers, options, ctx, samples)
+        plan, trials = best_plan(
+            rankings, make, work.time_left, judge, count, ctx, timed=work.counts_time
+        )
+    else:
+        plan, trials = make(rankings, False), ()
+    chosen = dict(plan)
     recovery = Recovery((), (), {})
     if options.recover and chosen:
         recovery = recover(model, reference, coupling, chosen, layers, options, ctx)
-    notes = (_contest_note(place, errors, times),) if errors else ()
-    return _Spent(chosen, recovery, notes)
+    return _Spent(chosen, recovery, (_contest_note(trials),) if trials else ())
 
 
 _NOTHING = "Nothing can be pruned: see the reasons of what was left alone."
@@ -295,12 +299,14 @@ def _drop_zero_biases(model: ir.Model, added: Sequence[str]) -> None:
         del model.graph.initializers[name]
 
 
-def _contest_note(place: int, errors: Sequence[float], times: Sequence[float]) -> str:
+def _contest_note(trials: Sequence[Trial]) -> str:
     """What the plan that was taken is better at than the first."""
+    first = trials[0]
+    place, taken = min(enumerate(trials, start=1), key=lambda t: t[1].cost)
     return (
-        f"Of {len(errors)} plans, refitted quickly, number {place + 1} is the best: error of the "
-        f"outputs {errors[place]:.3g}, about {times[place]:.2f} of the time (the plan of the least "
-        f"summed loss: {errors[0]:.3g} and {times[0]:.2f})."
+        f"Of {len(trials)} plans, refitted quickly, number {place} is the best: error of the "
+        f"outputs {taken.error:.3g}, about {taken.time:.2f} of the time (the plan of the least "
+        f"summed loss: {first.error:.3g} and {first.time:.2f})."
     )
 
 

@@ -22,6 +22,10 @@ def split(data: Dataset) -> tuple[Dataset, Dataset | None]:
 
 _WORK = 1e12
 """Multiply-accumulates of all measurements of single layers: about half a minute on one core."""
+_CONTEST_SAMPLES = 256
+"""Samples that plans are refitted with, to be compared."""
+_CONTEST_PLANS = 4
+"""Plans that are compared however much work that is."""
 
 
 def judging_samples(model: ir.Model, data: Dataset, most: int, layers: int) -> int:
@@ -44,3 +48,16 @@ def judging_note(what: str, samples: int, most: int) -> tuple[str, ...]:
         f"{what} were measured on {samples} samples instead of {most}, since a run of this model "
         "is much work.",
     )
+
+
+def contest_size(model: ir.Model, data: Dataset, plans: int) -> tuple[int, int]:
+    """Plans to compare, and samples to refit and judge each with: less where runs are much work.
+
+    Args:
+        model: The model; it runs beside the original.
+        data: The samples.
+        plans: How many plans are wanted.
+    """
+    macs = 2 * macs_of(model, data)
+    samples = samples_for(_CONTEST_SAMPLES, _WORK, min(plans, _CONTEST_PLANS) * macs)
+    return max(min(plans, _CONTEST_PLANS), min(plans, int(_WORK / (macs * samples)))), samples

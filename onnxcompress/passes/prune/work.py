@@ -240,7 +240,7 @@ class Work:
             return self.time_left(taken(counts))
 
         timed = timed or self.options.latency is not None
-        time = time_left if timed and self._counts_time else None
+        time = time_left if timed and self.counts_time else None
 
         def plan_for(share: float) -> dict[int, Indices]:
             def remains(counts: Mapping[int, int]) -> float:
@@ -280,7 +280,7 @@ class Work:
 
     def time_left(self, units: Mapping[int, Indices]) -> float:
         """The fraction of the time that is left, as kernels take it; 1 if it does not count."""
-        if not self._counts_time:
+        if not self.counts_time:
             return 1.0
         if self._macs is None:
             self._macs = MacsModel(self.model, self.coupling, self._ledger.feeds_shapes)
@@ -288,7 +288,7 @@ class Work:
         return self._macs.padded(units, block) / max(self._macs.padded({}, block), 1)
 
     @property
-    def _counts_time(self) -> bool:
+    def counts_time(self) -> bool:
         """Whether a budget is there for the sake of time."""
         budget = self.options.budget
         timed = self.options.price is Price.TIME

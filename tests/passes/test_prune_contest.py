@@ -17,7 +17,7 @@ from onnxcompress.graph.labels import analyse
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.prune import PruneOptions, PrunePass
 from onnxcompress.passes.prune.consumers import Layers
-from onnxcompress.passes.prune.contest import Judge, Losses, Plan, Trial, best_plan
+from onnxcompress.passes.prune.contest import Judge, Losses, Plan, Trial, Verdict, best_plan
 from onnxcompress.passes.prune.samples import contest_size
 from onnxcompress.passes.prune.score import Ranking
 from tests.builder import ModelBuilder
@@ -56,8 +56,8 @@ class Oracle(Judge):
         self.true, self.blind, self.seen = true, blind, 0
 
     @property
-    def can_tell(self) -> bool:
-        return not self.blind
+    def judging(self) -> int:
+        return 0 if self.blind else 256
 
     def errors_of(self, plans: Sequence[Plan]) -> Iterator[float]:
         self.seen += len(plans)
@@ -80,31 +80,47 @@ def eights() -> list[Ranking]:
     ]
 
 
-def tried(judge: Judge, count: int, job: PassContext) -> tuple[Plan, tuple[Trial, ...]]:
-    return best_plan(eights(), spend, lambda _: 1.0, judge, count, job, timed=False)
+def tried(judges: Sequence[Judge], count: int, job: PassContext) -> Verdict | None:
+    first = spend(eights(), timed=False)
+    return best_plan(first, eights(), spend, lambda _: 1.0, judges, count, job, timed=False)
 
 
 @pytest.mark.parametrize("true", [(1.0, 6.0), (9.0, 1.0)])
 def test_plans_learn_that_a_group_costs_more_than_was_measured(
     tmp_path: Path, true: tuple[float, float]
 ) -> None:
-    plan, trials = tried(Oracle(true), 8, context(tmp_path))
-    errors = [t.error for t in trials]
-    assert len(trials[0].plan[0]) == len(trials[0].plan[1]) == 4  # as measured: both alike
-    assert min(errors) < 0.7 * errors[0]
-    assert [len(u) for u in plan.values()] == [
-        len(u) for u in trials[np.argmin(errors)].plan.values()
-    ]
-    assert len({len(t.plan[0]) for t in trials}) == len(trials)  # none twice
+    judge = Oracle(true)
+    found = tried([judge], 8, context(tmp_path))
+    assert found is not None
+    assert len(found.first.plan[0]) == len(found.first.plan[1]) == 4  # as measured: both alike
+    assert found.best.error < 0.7 * found.first.error
+    assert judge.seen == found.count  # none twice
 
 
-def test_without_a_choice_the_first_plan_is_taken_untried(tmp_path: Path) -> None:
+def test_without_a_choice_nothing_is_tried(tmp_path: Path) -> None:
     job = context(tmp_path)
     for judge, count in ((Oracle((1.0, 1.0)), 1), (Oracle((1.0, 1.0), blind=True), 8)):
-        plan, trials = tried(judge, count, job)
-        assert [len(u) for u in plan.values()] == [4, 4]
-        assert trials == ()
+        assert tried([judge], count, job) is None
         assert judge.seen == 0
+
+
+class Few(Oracle):
+    """Judges by few samples."""
+
+    @property
+    def judging(self) -> int:
+        return 50
+
+
+def test_where_few_samples_judge_the_best_are_judged_once_more(tmp_path: Path) -> None:
+    job = context(tmp_path)
+    misled, second = Few((1.0, 6.0)), Few((50.0, 1.0))
+    found = tried([misled, second], 8, job)
+    alone = tried([Few((1.0, 6.0)), Few((1.0, 6.0))], 8, job)
+    assert found is not None
+    assert alone is not None
+    assert 0 < second.seen <= 4
+    assert len(found.best.plan[0]) < len(alone.best.plan[0])
 
 
 def test_time_makes_up_for_some_error() -> None:

@@ -163,6 +163,7 @@ def test_batches_that_the_model_refuses_are_halved(tmp_path: Path) -> None:
     options = PruneOptions.parse({"params": 0.9, "align": 1}, owner="prune")
     report = PrunePass(options).run(model, ctx)
     assert report.figures["layers_refitted"] == 1
+    assert any("Plans were not compared" in note for note in report.notes)
 
 
 def test_two_runs_give_the_same_model(tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ more multiply-accumulates, 1 % less time costs about 6 % (docs/adr/0015), so thi
 who asked for a budget of multiply-accumulates wants the error to be least in the first place."""
 _ROUND = 4
 """Plans made from the same factors. Fixed, so that results do not depend on the number of cores."""
+_FEW = 128
+"""With fewer samples to judge by, the best plans are judged by others, too."""
+_FINALISTS = 4
+"""How many plans that are."""
 _ATTEMPTS = 8
 """Draws that may give a plan that is known already, before a round is given up."""
 _WIDTH = 0.5
@@ -85,6 +89,21 @@ class Trial:
     def cost(self) -> float:
         """What is to be least."""
         return float(self.error * self.time**TIME_POWER)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a contest found.
+
+    Attributes:
+        first: The plan of the least sum of losses as measured.
+        best: The plan to take.
+        count: How many were compared.
+    """
+
+    first: Trial
+    best: Trial
+    count: int
 
 
 class Losses:
@@ -147,7 +166,8 @@ class Judge:
         layers: The linear layers.
         options: How to refit.
         ctx: The job; it has calibration data.
-        samples: Samples to fit to, at most.
+        samples: Samples to fit to, at most, and to judge by.
+        place: Which of the samples judge, as in :func:`split`.
     """
 
     def __init__(
@@ -159,10 +179,13 @@ class Judge:
         options: PruneOptions,
         ctx: PassContext,
         samples: int,
+        place: int = -1,
     ) -> None:
         self._model, self._reference, self._coupling = model, reference, coupling
         self._layers, self._options = layers, options
-        fitting, held_out = (None, None) if ctx.calibration is None else split(ctx.calibration)
+        fitting, held_out = (
+            (None, None) if ctx.calibration is None else split(ctx.calibration, place)
+        )
         self.workers = min(workers_of(ctx), _ROUND)
         session = dataclasses.replace(ctx.session, threads=1) if self.workers > 1 else ctx.session
         group = 1 if fitting is None else fitting.layout.group or 1
@@ -177,9 +200,9 @@ class Judge:
         )
 
     @property
-    def can_tell(self) -> bool:
-        """Whether there are samples enough to hold some back."""
-        return self._probe is not None
+    def judging(self) -> int:
+        """Samples to judge by; 0 if there are too few to hold any back."""
+        return 0 if self._probe is None else self._probe.data.sample_count
 
     def errors_of(self, plans: Sequence[Plan]) -> Iterator[float]:
         """The error of each plan on samples that it was not fitted to."""
@@ -205,33 +228,35 @@ class Judge:
 
 
 def best_plan(
+    first: Plan,
     rankings: Sequence[Ranking],
     make: Maker,
     time_left: Callable[[Plan], float],
-    judge: Judge,
+    judges: Sequence[Judge],
     count: int,
     ctx: PassContext,
     *,
     timed: bool,
-) -> tuple[Plan, tuple[Trial, ...]]:
+) -> Verdict | None:
     """The plan that turns out best.
 
     Args:
+        first: The plan of the least sum of losses as measured.
         rankings: The groups with their losses.
         make: Makes a plan.
         time_left: The time that a plan leaves, as a fraction.
-        judge: Measures what a plan does.
-        count: Plans to be tried; 1 takes the first one, of the least sum of losses as measured.
+        judges: The first one measures what a plan does. The best of many looks better than it is
+            where few samples judge: then the others decide between the best few, too.
+        count: Plans to be tried.
         ctx: The job: its seed, and where progress is shown.
         timed: Whether plans for time compete.
 
     Returns:
-        The best plan, and all trials, the first one that of the least sum; none where there was
-        nothing to compare.
+        None where there is nothing to compare.
     """
-    first = make(rankings, False)
-    if count < 2 or not rankings or not judge.can_tell:
-        return first, ()
+    judge, *others = judges
+    if count < 2 or not rankings or not judge.judging:
+        return None
     losses = Losses(rankings)
     rng = np.random.default_rng(ctx.seed)
     trials: dict[tuple[tuple[int, int], ...], Trial] = {}
@@ -257,10 +282,21 @@ def best_plan(
                 task.advance()
             waiting = {}
             factors = losses.learned(list(trials.values()))
-    found = list(trials.values())
-    if len(found) < 2:
-        return first, ()
-    return min(found, key=lambda t: t.cost).plan, tuple(found)
+    if len(trials) < 2:
+        return None
+    best = sorted(trials.values(), key=lambda t: t.cost)
+    if judge.judging < _FEW:
+        best = _once_more(best[:_FINALISTS], others)
+    return Verdict(trials[_key(first)], best[0], len(trials))
+
+
+def _once_more(trials: Sequence[Trial], judges: Sequence[Judge]) -> list[Trial]:
+    """Trials with the mean of the errors that more judges measure, the best first."""
+    plans = [t.plan for t in trials]
+    errors = [[t.error for t in trials], *(list(j.errors_of(plans)) for j in judges)]
+    means = np.mean(errors, axis=0).tolist()
+    again = [dataclasses.replace(t, error=e) for t, e in zip(trials, means, strict=True)]
+    return sorted(again, key=lambda t: t.cost)
 
 
 def _key(plan: Plan) -> tuple[tuple[int, int], ...]:

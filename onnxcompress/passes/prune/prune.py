@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxcompress import model_io
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
-from onnxcompress.errors import UsageError
+from onnxcompress.errors import ModelError, UsageError
 from onnxcompress.graph.canonical import canonicalize
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.cost import ModelCost, cost_of
@@ -25,7 +25,7 @@ from onnxcompress.graph.surgery import mask, remove
 from onnxcompress.passes.base import Change, PassReport, Stage
 from onnxcompress.passes.prune.budget import Ledger
 from onnxcompress.passes.prune.consumers import UnsupportedError, consumer_of
-from onnxcompress.passes.prune.contest import Judge, Plan, Trial, best_plan
+from onnxcompress.passes.prune.contest import Judge, Plan, Verdict, best_plan
 from onnxcompress.passes.prune.jobs import Refit, refitted
 from onnxcompress.passes.prune.lost import losses_for
 from onnxcompress.passes.prune.named import noun
@@ -243,19 +243,28 @@ def _spent(
     def make(seen: Sequence[Ranking], timed: bool) -> Plan:
         return work.choose(seen, removed, part, timed)
 
+    plan = make(rankings, False)
+    notes: tuple[str, ...] = ()
     if count > 1 and ctx.calibration is not None:
         count, samples = contest_size(model, ctx.calibration, count)
-        judge = Judge(model, reference, coupling, layers, options, ctx, samples)
-        plan, trials = best_plan(
-            rankings, make, work.time_left, judge, count, ctx, timed=work.counts_time
-        )
-    else:
-        plan, trials = make(rankings, False), ()
+        try:
+            judges = [
+                Judge(model, reference, coupling, layers, options, ctx, samples, place)
+                for place in (-1, 1)
+            ]
+            verdict = best_plan(
+                plan, rankings, make, work.time_left, judges, count, ctx, timed=work.counts_time
+            )
+        except ModelError as error:  # samples held out leave batches of other sizes
+            notes = (f"Plans were not compared: the model refuses a part of the samples. {error}",)
+        else:
+            if verdict is not None:
+                plan, notes = verdict.best.plan, (_contest_note(verdict),)
     chosen = dict(plan)
     recovery = Recovery((), (), {})
     if options.recover and chosen:
         recovery = recover(model, reference, coupling, chosen, layers, options, ctx)
-    return _Spent(chosen, recovery, (_contest_note(trials),) if trials else ())
+    return _Spent(chosen, recovery, notes)
 
 
 _NOTHING = "Nothing can be pruned: see the reasons of what was left alone."
@@ -299,14 +308,13 @@ def _drop_zero_biases(model: ir.Model, added: Sequence[str]) -> None:
         del model.graph.initializers[name]
 
 
-def _contest_note(trials: Sequence[Trial]) -> str:
+def _contest_note(verdict: Verdict) -> str:
     """What the plan that was taken is better at than the first."""
-    first = trials[0]
-    place, taken = min(enumerate(trials, start=1), key=lambda t: t[1].cost)
+    first, best = verdict.first, verdict.best
     return (
-        f"Of {len(trials)} plans, refitted quickly, number {place} is the best: error of the "
-        f"outputs {taken.error:.3g}, about {taken.time:.2f} of the time (the plan of the least "
-        f"summed loss: {first.error:.3g} and {first.time:.2f})."
+        f"The best of {verdict.count} plans, refitted quickly, leaves an error of the outputs of "
+        f"{best.error:.3g} in about {best.time:.2f} of the time (the plan of the least summed "
+        f"loss: {first.error:.3g} and {first.time:.2f})."
     )
 
 

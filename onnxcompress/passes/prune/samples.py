@@ -13,11 +13,16 @@ MIN_SAMPLES = 8
 """With fewer samples nothing is kept back."""
 
 
-def split(data: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Samples to fit on, and samples to judge by (None if there are too few to divide)."""
+def split(data: Dataset, place: int = -1) -> tuple[Dataset, Dataset | None]:
+    """Samples to fit on, and samples to judge by (None if there are too few to divide).
+
+    Args:
+        data: The samples.
+        place: Which one of each :data:`EVERY` judges; the last one by default.
+    """
     if data.sample_count < max(MIN_SAMPLES, EVERY * (data.layout.group or 1)):
         return data, None
-    return data.divide(EVERY)
+    return data.divide(EVERY, place)
 
 
 _WORK = 1e12

@@ -59,6 +59,9 @@ _SLOW_HEAT_TURNS = 4
 """Turns of one heat; of one that begins after its time."""
 
 _FEWEST_HEATS = 3
+_HEATS_TO_GIVE_UP = 5
+"""Heats after which a model that is an error below its bar is not waited for."""
+
 _MOST_HEATS = 16
 
 
@@ -192,7 +195,9 @@ def contest(
 
     def is_open(place: int, score: Gain) -> bool:
         much = merits[place] >= merits[0] + _SOME_MERIT
-        return score.is_open(0.0 if much else margin, _Z_EARLY)
+        bar = 0.0 if much else margin
+        hopeless = len(heats[place]) >= _HEATS_TO_GIVE_UP and score.value < bar - score.error
+        return score.is_open(bar, _Z_EARLY) and not hopeless
 
     clock, open_places = heat.clock, list(heats)
     stop = clock() + (1.0 - _SHARE_TO_DROP) * seconds

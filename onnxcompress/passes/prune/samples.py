@@ -29,6 +29,9 @@ _WORK = 1e12
 """Multiply-accumulates of all measurements of single layers: about half a minute on one core."""
 _CONTEST_SAMPLES = 256
 """Samples that plans are refitted with, to be compared."""
+_FEWER_SAMPLES = 64
+"""What is done with before plans are compared that are too few to learn from."""
+_LEARNING_PLANS = 12
 _CONTEST_PLANS = 4
 """Plans that are compared however much work that is."""
 
@@ -64,5 +67,9 @@ def contest_size(model: ir.Model, data: Dataset, plans: int) -> tuple[int, int]:
         plans: How many plans are wanted.
     """
     macs = 2 * macs_of(model, data)
-    samples = samples_for(_CONTEST_SAMPLES, _WORK, min(plans, _CONTEST_PLANS) * macs)
-    return max(min(plans, _CONTEST_PLANS), min(plans, int(_WORK / (macs * samples)))), samples
+    least = min(plans, _CONTEST_PLANS)
+    samples = max(
+        samples_for(_CONTEST_SAMPLES, _WORK, min(plans, _LEARNING_PLANS) * macs),
+        samples_for(_FEWER_SAMPLES, _WORK, least * macs),
+    )
+    return max(least, min(plans, int(_WORK / (macs * samples)))), samples

@@ -66,8 +66,9 @@ def test_the_function_stays_and_ranges_are_shared(tmp_path: Path) -> None:
     )
     choices = choose_factors(ctx, model, network, allowed)
     assert max(c.gain_db for c in choices) > 1
-    changes = equalize_channels(model, choices)
-    assert len(changes) == len(choices)
+    done = equalize_channels(model, choices)
+    assert len(done.changes) == len(choices)
+    assert done.values
     feeds = synthetic_dataset(reference, samples=16, seed=1).first()
     assert largest_error(run_model(model, feeds), run_model(reference, feeds)) < 1e-5
 

@@ -143,6 +143,8 @@ def test_what_is_known_after_smoothing_is_what_would_be_measured(
     before = Builder(model, options, ctx)
     before.measure(chosen)
     sites, _ = find_sites(ctx, model, before.network, chosen)
+    even = frozenset(site.value for site in sites)
+    assert find_sites(ctx, model, before.network, chosen, even)[0] == ()
     done = apply(model, choose(model, sites, 1.0, 0.8))
     assert done.factors
     known = Builder(model, options, ctx, before.measured.rescaled(done.moved, done.factors))

@@ -91,11 +91,25 @@ def choose_factors(
     return tuple(choices)
 
 
-def equalize_channels(model: ir.Model, choices: Sequence[Choice]) -> tuple[Change, ...]:
+@dataclass(frozen=True, slots=True)
+class Equalized:
+    """What :func:`equalize_channels` did.
+
+    Attributes:
+        changes: For the report.
+        values: Names of the values whose channels share their range now.
+    """
+
+    changes: tuple[Change, ...] = ()
+    values: frozenset[str] = frozenset()
+
+
+def equalize_channels(model: ir.Model, choices: Sequence[Choice]) -> Equalized:
     """Carry out ``choices`` on the model they were made for, or an equal copy, in place."""
     namer = Namer(model)
     by_node = {choice.node: choice for choice in choices}
-    changes = []
+    changes: list[Change] = []
+    values: set[str] = set()
     for node, region in regions_of(model)[0] if choices else []:
         choice = by_node.get(node.name or "")
         if choice is None:
@@ -104,7 +118,8 @@ def equalize_channels(model: ir.Model, choices: Sequence[Choice]) -> tuple[Chang
         spread = choice.factors.max() / choice.factors.min()
         how = f"the channels behind it share their range, by factors up to {spread:.3g} apart"
         changes.append(Change(choice.node, node.op_type, how))
-    return tuple(changes)
+        values |= {value.name or "" for value in region.values}
+    return Equalized(tuple(changes), frozenset(values))
 
 
 def _readers(region: Region) -> list[Absorb]:

@@ -70,6 +70,7 @@ def condition(
     options: QuantOptions,
     chosen: frozenset[str],
     measured: Measured,
+    even: frozenset[str] = frozenset(),
 ) -> Conditioned:
     """Find the equalization and the smoothing with which the outputs of ``model`` keep most.
 
@@ -79,11 +80,13 @@ def condition(
         options: How to quantize.
         chosen: Nodes that will run on integers.
         measured: What is known of the model.
+        even: Values whose channels share their range already; only an exponent that was asked for
+            smooths them.
     """
     copy, gained = _equalized(ctx, model, options, chosen)
     if gained is None:
-        return _smoothing(ctx, model, options, chosen, measured)
-    found = _smoothing(ctx, copy, options, chosen, Measured())
+        return _smoothing(ctx, model, options, chosen, measured, even)
+    found = _smoothing(ctx, copy, options, chosen, Measured(), even)
     return replace(found, equalized_db=gained)
 
 
@@ -112,14 +115,15 @@ def _smoothing(
     options: QuantOptions,
     chosen: frozenset[str],
     measured: Measured,
+    even: frozenset[str],
 ) -> Conditioned:
     if options.smooth == "off":
         return Conditioned()
     network = Network(model, symmetric=ctx.target.symmetric_activations)
-    sites, skips = find_sites(ctx, model, network, chosen)
+    alpha = options.smoothing_alpha()
+    sites, skips = find_sites(ctx, model, network, chosen, even if alpha is None else frozenset())
     if not sites:
         return Conditioned(skips=skips)
-    alpha = options.smoothing_alpha()
     if alpha is not None:
         return Conditioned(choose(model, sites, 1.0, alpha), skips)
     few = few_samples(ctx, macs_of(model, ctx.calibration))

@@ -68,7 +68,11 @@ class Choice:
 
 
 def find_sites(
-    ctx: PassContext, model: ir.Model, network: Network, chosen: frozenset[str]
+    ctx: PassContext,
+    model: ir.Model,
+    network: Network,
+    chosen: frozenset[str],
+    even: frozenset[str] = frozenset(),
 ) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     """Measure the data of the chosen matrix products.
 
@@ -77,8 +81,10 @@ def find_sites(
         model: The float model.
         network: The same model as placement sees it.
         chosen: Nodes that will run on integers.
+        even: Values whose channels share their range already; they are left as they are.
     """
     readers, skips = _readers(model, chosen)
+    readers = {value: nodes for value, nodes in readers.items() if value.name not in even}
     made = _made_on_integers(network, chosen)
     ranks = {value: len(value.shape) for value in readers if value.shape is not None}
     ranges = {v: RangeRequest(v.name or "", rank - 1) for v, rank in ranks.items()}

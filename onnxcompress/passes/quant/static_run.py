@@ -76,6 +76,7 @@ class StaticQuantizer:
         self._float = model_io.clone(self._work)
         self._embedded = self._embed(self._work)
         self._channels: tuple[Choice, ...] = ()
+        self._even: frozenset[str] = frozenset()
         self._conditioned = Conditioned()
         self._ledger = Ledger()
         # Statistics leave padding out; times are taken on samples as they are.
@@ -139,7 +140,8 @@ class StaticQuantizer:
         samples = bias_samples(self._statistics, self._builder.macs)
         self._channels = choose_factors(samples, self._work, self._builder.network, allowed)
         if self._channels:
-            self._prepared = (*self._prepared, *equalize_channels(self._work, self._channels))
+            done = equalize_channels(self._work, self._channels)
+            self._prepared, self._even = (*self._prepared, *done.changes), done.values
             self._builder = Builder(self._work, self._options, self._statistics)
             self._mixer = Mixer(self._builder, self._options, self._statistics)
 
@@ -154,7 +156,7 @@ class StaticQuantizer:
     def _condition(self, chosen: frozenset[str]) -> None:
         """Smooth the float model where the outputs gain, and measure it anew."""
         found = condition(
-            self._statistics, self._work, self._options, chosen, self._builder.measured
+            self._statistics, self._work, self._options, chosen, self._builder.measured, self._even
         )
         self._ledger.skips |= {skip.node: skip for skip in found.skips}
         if not found.changes_model:

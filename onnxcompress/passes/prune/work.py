@@ -68,6 +68,7 @@ class Work:
         self._kept = fixed(self.groups, options)
         self._totals = totals_of(self.groups, options.parsed_total, self._kept)
         self._macs: MacsModel | None = None
+        self._measures: dict[Measure, Callable[[Mapping[int, Indices]], float]] = {}
         self._emptying = Emptying(model, coupling)
         self._branches = self._joint() if options.branches else frozenset()
 
@@ -217,7 +218,7 @@ class Work:
         # What prune.keep names goes whatever a budget says.
         budget = self.options.budget or Budget(Measure.MACS, 1.0)
         kept = 1 - (1 - budget.kept) * part
-        left = remaining(self.model, self.coupling, budget.measure, self._ledger.feeds_shapes)
+        left = self._left(budget.measure)
         orders = {r.group.index: r.order for r in rankings}
 
         def taken(counts: Mapping[int, int]) -> dict[int, Indices]:
@@ -277,6 +278,14 @@ class Work:
         if possible < 1:
             hint = f"Ask for {name}={possible:.2f} or more, or lower prune.min_kept or prune.align."
         raise PassError("prune", message, hint=hint)
+
+    def _left(self, measure: Measure) -> Callable[[Mapping[int, Indices]], float]:
+        """The fraction of a measure that is left; its tables serve all plans."""
+        if measure not in self._measures:
+            self._measures[measure] = remaining(
+                self.model, self.coupling, measure, self._ledger.feeds_shapes
+            )
+        return self._measures[measure]
 
     def time_left(self, units: Mapping[int, Indices]) -> float:
         """The fraction of the time that is left, as kernels take it; 1 if it does not count."""

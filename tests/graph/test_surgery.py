@@ -100,9 +100,9 @@ def test_blocks_of_channels_are_paid_for_as_a_whole() -> None:
         return 64 * (made * (27 + 32) + 5 * (9 * read + 32 if read else 0))
 
     (group,) = coupling.groups
-    for gone, made in ((0, 32), (1, 32), (15, 32), (16, 16), (30, 16)):
+    for gone, made, read in ((0, 32, 32), (1, 32, 32), (15, 32, 32), (16, 16, 16), (30, 16, 2)):
         removed = {group.index: np.arange(gone)}
-        assert macs.padded(removed, 16) == cost(made, 32 - gone)
+        assert macs.padded(removed, 16) == cost(made, read)
     assert macs.padded({group.index: np.arange(32)}, 16) == 0
 
 

@@ -69,6 +69,7 @@ class Job:
         inputs: Which input channels stay, [C].
         outputs: Which outputs stay, [O].
         bounds: What the activation that follows clips to; None where none follows.
+        moved: Whether the layer has to do the work of branches that are gone.
     """
 
     consumer: Consumer
@@ -77,6 +78,7 @@ class Job:
     inputs: npt.NDArray[np.bool_]
     outputs: npt.NDArray[np.bool_]
     bounds: Bounds | None
+    moved: bool = False
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -192,7 +194,7 @@ def jobs_of(
             inputs = np.zeros_like(inputs)
         outputs = staying(coupling, kept, consumer.output, consumer.target_axis, consumer.outputs)
         bounds = bounds_of(target.result)
-        job = Job(consumer, data.name or "", target.terms, inputs, outputs, bounds)
+        job = Job(consumer, data.name or "", target.terms, inputs, outputs, bounds, target.moved)
         add(job, index, before)
     contractions = {t.node for t in coupling.macs} - set(names)
     untreated = {

@@ -16,7 +16,8 @@ from onnxcompress.errors import DataError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.graph.surgery import mask
 from onnxcompress.passes._batches import batches_within
-from onnxcompress.passes.prune.consumers import Consumer
+from onnxcompress.passes.prune.consumers import Layers
+from onnxcompress.passes.prune.fronts import with_fronts
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.probe import PROBE_SAMPLES, OutputProbe
 from onnxcompress.passes.prune.samples import split
@@ -43,7 +44,7 @@ def rank_with_data(
     model: ir.Model,
     coupling: Coupling,
     groups: Sequence[Group],
-    consumers: Mapping[str, Consumer],
+    layers: Layers,
     options: PruneOptions,
     ctx: PassContext,
     removed: Mapping[int, Indices],
@@ -56,14 +57,14 @@ def rank_with_data(
         model: The model, refitted after ``removed``.
         coupling: Its groups.
         groups: Those to rank.
-        consumers: The linear layers.
+        layers: The linear layers.
         options: The criterion.
         ctx: The job; it has calibration data.
         removed: Units already removed; they come first in every order.
         branches: Groups all of whose units may go.
         samples: Held-out samples to measure on, at most.
     """
-    readers = {g.index: readers_of(g, consumers) for g in groups}
+    readers = {g.index: readers_of(g, layers.consumers) for g in groups}
     if ctx.calibration is None:
         raise DataError("ranking by activations needs calibration data and the job has none")
     fitting, held_out = split(ctx.calibration)
@@ -76,11 +77,11 @@ def rank_with_data(
     state = State(model, coupling, coupling.kept(removed), removed, whole, frozenset(branches))
     places = {n.name: i for i, n in enumerate(masked.graph)}
     ordered = sorted(groups, key=lambda g: min((places.get(s.node, 0) for s in g.sinks), default=0))
-    layers = {g.index: _layers(coupling, g, readers[g.index]) for g in ordered}
+    changed = {g.index: _changed(coupling, g, readers[g.index]) for g in ordered}
     rankings: dict[int, Ranking] = {}
     batches = list(_batches(ordered, readers))
     with (
-        SuffixProbe(masked, whole, measuring, layers) as probe,
+        SuffixProbe(masked, whole, measuring, changed) as probe,
         ThreadPoolExecutor(workers) as pool,
     ):
         for number, batch in enumerate(batches, start=1):
@@ -96,20 +97,23 @@ def rank_with_data(
             with ctx.progress.task("prune: ranking channels", len(batch)) as task:
                 running: list[Future[Ranking]] = []
                 for group in batch:
-                    found = Scored(state, group, readers[group.index], statistics)
+                    scored = Scored(state, group, readers[group.index], statistics)
                     suffix = probe.at(group.index)
                     if suffix is None:  # it changes graphs, which threads must not
-                        rankings[group.index] = found.rank(options, ctx.seed, None)
+                        rankings[group.index] = scored.rank(options, ctx.seed, None)
                         task.advance()
                         continue
-                    running.append(pool.submit(found.rank, options, ctx.seed, suffix))
+                    running.append(pool.submit(scored.rank, options, ctx.seed, suffix))
                     if len(running) > workers:
                         _finish(running.pop(0), rankings)
                         task.advance()
                 for future in running:
                     _finish(future, rankings)
                     task.advance()
-    return [rankings[g.index] for g in groups]
+    found = [rankings[g.index] for g in groups]
+    if options.recover and not any(len(units) for units in removed.values()):
+        return with_fronts(model, coupling, found, branches, layers, whole, ctx)
+    return found
 
 
 def _finish(future: Future[Ranking], rankings: dict[int, Ranking]) -> None:
@@ -123,7 +127,7 @@ def workers_of(ctx: PassContext) -> int:
     return min(cores, _MAX_WORKERS) if ctx.session.providers == ("CPUExecutionProvider",) else 1
 
 
-def _layers(
+def _changed(
     coupling: Coupling, group: Group, readers: Sequence[Reader]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Nodes and initializers that can express all that a group loses; nothing if none do."""

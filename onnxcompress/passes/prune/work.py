@@ -145,7 +145,7 @@ class Work:
             self.model,
             self.coupling,
             groups,
-            self.layers.consumers,
+            self.layers,
             self.options,
             self.ctx,
             removed,

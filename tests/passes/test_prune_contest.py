@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from onnxcompress import model_io
@@ -58,6 +59,9 @@ class Oracle(Judge):
     @property
     def judging(self) -> int:
         return 0 if self.blind else 256
+
+    def learn(self, other: Judge) -> None:
+        """There is nothing to learn about layers."""
 
     def errors_of(self, plans: Sequence[Plan]) -> Iterator[float]:
         self.seen += len(plans)
@@ -147,6 +151,46 @@ def test_the_plan_that_does_no_harm_has_the_least_error(tmp_path: Path) -> None:
     harmful = {group.index: np.arange(group.size - 1)}
     good, bad = judge.errors_of([harmless, harmful])
     assert good < 1e-9 < bad
+
+
+def narrow_blocks() -> ir.Model:
+    b = ModelBuilder("narrow_blocks")
+    y = b.op("Relu", b.conv(b.input("x", ["batch", 3, 6, 6]), 3, 8))
+    for _ in range(2):
+        y = b.op("Relu", b.op("Add", y, b.conv(b.op("Relu", b.conv(y, 8, 16)), 16, 8)))
+    b.output(b.gemm(b.op("Flatten", b.op("GlobalAveragePool", y)), 8, 5))
+    model = b.build()
+    model_io.normalize(model)
+    canonicalize(model)
+    return model
+
+
+def test_what_the_first_plan_found_serves_the_others(tmp_path: Path) -> None:
+    model = narrow_blocks()
+    coupling = analyse(model)
+    feeds = {"x": np.random.default_rng(0).normal(size=(48, 3, 6, 6)).astype(np.float32)}
+    job = context(tmp_path, open_dataset(feeds, input_specs(model)))
+    inner = [g.index for g in coupling.groups if g.size == 16]
+    plan, other = ({g: np.arange(n) for g in inner} for n in (8, 6))
+
+    def judge() -> Judge:
+        return Judge(model, model, coupling, Layers.of(model), PruneOptions(), job, 256)
+
+    asked = judge()
+    (first,) = asked.errors_of([plan])
+    again, later = asked.errors_of([plan, other])
+    assert again == pytest.approx(first, rel=1e-4)
+    (alone,) = judge().errors_of([other])
+    assert later == pytest.approx(alone, rel=0.2)
+    # Of plans side by side the first one is remembered, in whatever order they end.
+    beside = judge()
+    assert list(beside.errors_of([plan, other]))[1] == alone
+    assert list(beside.errors_of([plan, other])) == [again, later]
+    # For other samples only the ridges are good.
+    taught = judge()
+    taught.learn(asked)
+    (found,) = taught.errors_of([plan])
+    assert found == pytest.approx(first, rel=1e-4)
 
 
 def test_big_models_compare_fewer_plans_on_fewer_samples(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from onnxcompress.graph.surgery import mask
 from onnxcompress.numerics.additivity import Factors, learned
 from onnxcompress.passes.prune.consumers import Layers
 from onnxcompress.passes.prune.fit import QUICK
+from onnxcompress.passes.prune.memory import Memory
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.ranking import workers_of
@@ -193,6 +194,7 @@ class Judge:
         self._ctx = dataclasses.replace(
             ctx, calibration=some, session=session, progress=SilentProgress()
         )
+        self._memory = Memory()
         self._probe = (
             None
             if held_out is None
@@ -204,14 +206,23 @@ class Judge:
         """Samples to judge by; 0 if there are too few to hold any back."""
         return 0 if self._probe is None else self._probe.data.sample_count
 
+    def learn(self, other: Judge) -> None:
+        """Take over what another judge of the same model knows that is no matter of samples."""
+        self._memory = other._memory.without_answers
+
     def errors_of(self, plans: Sequence[Plan]) -> Iterator[float]:
         """The error of each plan on samples that it was not fitted to."""
         # Cloned here: threads must not read a graph while others do.
         copies = [model_io.clone(self._model) for _ in plans]
+        known = self._memory
+        # Of plans that run side by side, the first one is remembered, whichever ends first.
+        memories = [known if known.filled else Memory() for _ in plans]
         with ThreadPoolExecutor(self.workers) as pool:
-            yield from pool.map(self._error_of, copies, plans)
+            yield from pool.map(self._error_of, copies, plans, memories)
+        if memories and not known.filled:
+            self._memory = dataclasses.replace(memories[0], filled=True)
 
-    def _error_of(self, candidate: ir.Model, plan: Plan) -> float:
+    def _error_of(self, candidate: ir.Model, plan: Plan, memory: Memory) -> float:
         if self._probe is None:
             return 0.0
         recover(
@@ -223,6 +234,7 @@ class Judge:
             self._options,
             self._ctx,
             QUICK,
+            memory,
         )
         return self._probe.error_of(mask(candidate, self._coupling, plan))
 
@@ -286,6 +298,8 @@ def best_plan(
         return None
     best = sorted(trials.values(), key=lambda t: t.cost)
     if judge.judging < _FEW:
+        for other in others:
+            other.learn(judge)
         best = _once_more(best[:_FINALISTS], others)
     return Verdict(trials[_key(first)], best[0], len(trials))
 

@@ -131,12 +131,21 @@ class Fitting:
             )
         return parts
 
-    def run(self, turns: int) -> Fit:
-        """Fit, and fit again ``turns`` times towards what the activation lets through."""
+    def run(self, turns: int, known: Sequence[float | None] | None = None) -> Fit:
+        """Fit, and fit again ``turns`` times towards what the activation lets through.
+
+        Args:
+            turns: How often to fit again.
+            known: For each group a ridge that is taken as it is; None: it is chosen.
+        """
+        known = known or (None,) * len(self._parts)
         sums = gathered(
             self._source, self._job.consumer.groups, self._folds, own=True, targets=None
         )
-        ridges = [self._solve(part, sums, sums, None) for part in self._parts]
+        ridges = [
+            self._solve(part, sums, sums, ridge)
+            for part, ridge in zip(self._parts, known, strict=True)
+        ]
         count = sum(s.own.count for s in sums)
         used = int(np.count_nonzero(self._job.inputs)) // self._job.consumer.groups
         width = max(used * self._job.consumer.taps, 1)

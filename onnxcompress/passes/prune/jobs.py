@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -82,7 +82,10 @@ class Job:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Values to have at hand, by the names they have in the original."""
+        """Values to have at hand, by the names they have in the original.
+
+        First the data, then the total that gives the target, then what is subtracted from it.
+        """
         return (self.data, *(name for name, _ in self.target))
 
     @property
@@ -91,16 +94,14 @@ class Job:
         consumer = self.consumer
         return (consumer.weight,) if consumer.bias is None else (consumer.weight, consumer.bias)
 
-    def plan(
-        self, names: Mapping[str, str], folds: int, seed: int, limit: Callable[[int], int]
-    ) -> RowPlan:
+    def plan(self, names: Mapping[str, str], folds: int, seed: int, max_rows: int) -> RowPlan:
         """Which rows to draw.
 
         Args:
             names: What values of the original are called in the joined graph.
             folds: Parts the samples are divided into.
             seed: Of the choice of rows.
-            limit: From the width of a layer to about how many rows.
+            max_rows: About how many rows.
         """
         consumer = self.consumer
         (total, _), *rest = self.target
@@ -113,7 +114,7 @@ class Job:
             shortcut=names.get(rest[0][0], rest[0][0]) if rest else None,
             channels=np.ones_like(self.inputs) if whole else self.inputs,
             outputs=np.ones_like(self.outputs) if whole else self.outputs,
-            max_rows=limit(consumer.width),
+            max_rows=max_rows,
             folds=folds,
             seed=seed,
         )

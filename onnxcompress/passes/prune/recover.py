@@ -42,7 +42,8 @@ from onnxcompress.passes.prune.fit import (
     choose,
     fold_count,
 )
-from onnxcompress.passes.prune.jobs import Refit, Task, jobs_of, refitted
+from onnxcompress.passes.prune.jobs import Job, Refit, Task, jobs_of, refitted
+from onnxcompress.passes.prune.memory import Memory
 from onnxcompress.passes.prune.norms import Norm
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.recurrent import Recurrent
@@ -79,6 +80,7 @@ def recover(
     options: PruneOptions,
     ctx: PassContext,
     effort: Effort = THOROUGH,
+    memory: Memory | None = None,
 ) -> Recovery:
     """Refit the layers of ``model`` that the removal affects; the units themselves stay to be cut.
 
@@ -91,6 +93,8 @@ def recover(
         options: How much to refit, and the ridge.
         ctx: The job; it has calibration data.
         effort: How exactly to fit.
+        memory: What refits of the same model from the same samples have found before, or to put
+            there what this one finds.
     """
     branches = Branches.of(model, coupling, removed, layers)
     branches.hush(model, layers)
@@ -104,7 +108,8 @@ def recover(
     )
     done: list[Refit] = []
     changes: list[Change] = []
-    with _Running(both, [both.wanted(level) for level in levels], ctx) as running:
+    wanted = [both.wanted(level, memory, effort) for level in levels]
+    with _Running(both, wanted, ctx) as running:
         for number, level in enumerate(levels, start=1):
             text = f"prune: refitting layers, step {number} of {len(levels)}"
             stream = running.advance(number, text)
@@ -130,8 +135,16 @@ def recover(
                         changes.append(Change(job.node, "BatchNormalization", what))
                     continue
                 folds = min(running.folds(job.consumer.width), effort.folds)
-                source = RowSource(stream, job.plan(both.names, folds, ctx.seed, effort.row_limit))
-                fit = Fitting(both.model, job, source, folds, options.ridge).run(effort.turns)
+                max_rows = effort.row_limit(job.consumer.width)
+                plan = job.plan(both.names, folds, ctx.seed, max_rows)
+                answers = None if memory is None else memory.answers(job, max_rows)
+                known = None if memory is None else memory.ridges(job)
+                source = RowSource(stream, plan, answers)
+                fit = Fitting(both.model, job, source, folds, options.ridge).run(
+                    effort.turns, known
+                )
+                if memory is not None:
+                    memory.keep(job, fit.refit)
                 done.append(fit.refit)
                 for changed in (both.model, model):
                     job.consumer.write(changed, fit.weight, fit.bias)
@@ -167,9 +180,18 @@ class _Both:
         joined = join(masked, reference)
         return cls(masked, {name: value.name or "" for name, value in joined.items()})
 
-    def wanted(self, level: Sequence[Task]) -> tuple[str, ...]:
-        """The values that the layers of a level are fitted to."""
-        names = [n for job in level for n in job.wanted]
+    def wanted(
+        self, level: Sequence[Task], memory: Memory | None, effort: Effort
+    ) -> tuple[str, ...]:
+        """The values that the layers of a level are fitted to, but for what is known of them."""
+        names: list[str] = []
+        for job in level:
+            known = (
+                memory is not None
+                and isinstance(job, Job)
+                and memory.knows(job, effort.row_limit(job.consumer.width))
+            )
+            names.extend(job.wanted[:1] + job.wanted[2:] if known else job.wanted)
         return tuple(dict.fromkeys(self.names.get(name, name) for name in names))
 
 

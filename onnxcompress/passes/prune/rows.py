@@ -17,6 +17,7 @@ from onnxcompress.calibration.feeds import RunFeeds
 from onnxcompress.calibration.geometry import ConvGrid, weight_order
 from onnxcompress.calibration.statistics import AxisUnfold, Unfold
 from onnxcompress.errors import DataError, ModelError
+from onnxcompress.passes.prune.answers import Answers
 from onnxcompress.passes.prune.stream import Stream
 
 Floating = npt.NDArray[np.floating]
@@ -99,12 +100,15 @@ class RowSource:
     """The rows of a layer.
 
     Args:
-        stream: Holds the values of the plan.
+        stream: Holds the values of the plan, but the targets where they are known.
         plan: Which rows.
+        answers: The targets' rows, if they are known; else they are put there. None: they are not
+            kept.
     """
 
-    def __init__(self, stream: Stream, plan: RowPlan) -> None:
+    def __init__(self, stream: Stream, plan: RowPlan, answers: Answers | None = None) -> None:
         self._stream, self._plan = stream, plan
+        self._answers = answers
         self._kept: list[Pairs] | None = None
         self._whole = True
 
@@ -140,13 +144,17 @@ class RowSource:
             yield _joined(parts)
 
     def _runs(self) -> Iterator[Pairs]:
-        plan = self._plan
+        plan, answers = self._plan, self._answers
         random = np.random.default_rng(plan.seed)
-        names = [plan.data, plan.total, *([] if plan.shortcut is None else [plan.shortcut])]
+        names = [plan.data] if plan.shortcut is None else [plan.data, plan.shortcut]
         runs = self._stream.run_count
+        if answers is not None and answers.whole and len(answers.rows) != runs:
+            raise ModelError("the samples run in other batches than before")
+        if answers is None or not answers.whole:
+            names.append(plan.total)
         for number, (count, found) in enumerate(self._stream.feeds(list(dict.fromkeys(names)))):
             feeds = RunFeeds(count, self._stream.sample_count, 1.0, random)
-            pairs = self._drawn(feeds, found, number * plan.folds // runs)
+            pairs = self._drawn(feeds, found, number, number * plan.folds // runs)
             for name, array in ((plan.data, pairs.x), (plan.total, pairs.y)):
                 # Sums of finite numbers overflow to infinity only where refitting is pointless too.
                 if not np.isfinite(array.sum(dtype=np.float64)):
@@ -156,19 +164,33 @@ class RowSource:
                         "values.",
                     )
             yield pairs
+        if answers is not None:
+            answers.whole = True
 
     def _drawn(
-        self, feeds: RunFeeds, found: Mapping[str, npt.NDArray[np.generic]], fold: int
+        self,
+        feeds: RunFeeds,
+        found: Mapping[str, npt.NDArray[np.generic]],
+        number: int,
+        fold: int,
     ) -> Pairs:
-        plan = self._plan
-        y = _axis_last(_floating(found[plan.total]), plan.axis)
-        rows = _chosen(feeds, len(y), plan.max_rows)
-        x = unfolded(_floating(found[plan.data]), plan.unfold, plan.channels, rows, len(y))
+        plan, answers = self._plan, self._answers
+        if answers is not None and answers.whole:
+            there, y = answers.there[number], answers.rows[number]
+            rows = _chosen(feeds, there, plan.max_rows)
+        else:
+            every = _axis_last(_floating(found[plan.total]), plan.axis)
+            there = len(every)
+            rows = _chosen(feeds, there, plan.max_rows)
+            y = every if rows is None else every[rows]
+            if answers is not None and len(answers.rows) == number:
+                answers.add(there, y)
+        x = unfolded(_floating(found[plan.data]), plan.unfold, plan.channels, rows, there)
         shortcut = None
         if plan.shortcut is not None:
             shortcut = _axis_last(_floating(found[plan.shortcut]), plan.axis)
             shortcut = _picked(shortcut, rows, plan.outputs)
-        return Pairs(fold, x, _picked(y, rows, plan.outputs), shortcut)
+        return Pairs(fold, x, _picked(y, None, plan.outputs), shortcut)
 
 
 def _chosen(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress import model_io
-from onnxcompress.passes.prune.clipping import Bounds, bounds_of, clipped_target
+from onnxcompress.numerics.clipping import Bounds, clipped_target
+from onnxcompress.passes.prune.clipping import bounds_of
 from tests.builder import ModelBuilder
 
 

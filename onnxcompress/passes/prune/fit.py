@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress.numerics.clipping import Bounds, clipped_target
 from onnxcompress.numerics.least_squares import Moments, regress, residual_energy
-from onnxcompress.passes.prune.clipping import Bounds, clipped_target
 from onnxcompress.passes.prune.jobs import RIDGES, Job, Refit
 from onnxcompress.passes.prune.rows import Floating, RowSource, Sums, add, gathered
 from onnxcompress.passes.prune.score import row_limit
@@ -44,16 +44,18 @@ class Effort:
         folds: Parts the samples are divided into, at most.
         turns: Refits of a layer towards what its activation lets through.
         row_limit: From the width of a layer to the rows that are drawn.
+        pairs: Whether layers on both sides of removed channels are fitted together.
     """
 
     folds: int
     turns: int
     row_limit: Callable[[int], int]
+    pairs: bool
 
 
-THOROUGH = Effort(FOLDS, 2, row_limit)
+THOROUGH = Effort(FOLDS, 2, row_limit, pairs=True)
 """What the result is made with."""
-QUICK = Effort(2, 0, lambda width: max(_FEW_ROWS, 10 * width))
+QUICK = Effort(2, 0, lambda width: max(_FEW_ROWS, 10 * width), pairs=False)
 """What is enough to compare plans by."""
 
 

@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.statistics import ConvUnfold
 from onnxcompress.graph.coupling import Coupling
+from onnxcompress.numerics.clipping import Bounds
 from onnxcompress.passes._residual import residual_target, trace
 from onnxcompress.passes.prune.branches import Branches
-from onnxcompress.passes.prune.clipping import Bounds, bounds_of
+from onnxcompress.passes.prune.clipping import bounds_of
 from onnxcompress.passes.prune.consumers import Consumer, Layers, UnsupportedError
 from onnxcompress.passes.prune.norms import Norm, norm_of
 from onnxcompress.passes.prune.recurrent import GATES, Recurrent, recurrent_of

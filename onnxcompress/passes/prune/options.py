@@ -121,6 +121,11 @@ class PruneOptions(PassOptions):
     recover_all: bool = option(
         True, "Refit every layer behind a removal; false: only those that lost inputs."
     )
+    joint: bool = option(
+        True,
+        "Fit the layers before and behind removed channels together where only a Relu or Clip lies "
+        "between them.",
+    )
     rounds: int = option(
         0,
         "Steps in which the budget is spent; after each, layers are refitted and units ranked "

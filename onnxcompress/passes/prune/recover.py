@@ -18,9 +18,10 @@ sequential reconstruction); Luo et al. 2017, "ThiNet".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcompress.calibration.join import join
@@ -30,6 +31,7 @@ from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
+from onnxcompress.numerics.joint import Fitted
 from onnxcompress.passes.base import Change
 from onnxcompress.passes.prune.branches import Branches
 from onnxcompress.passes.prune.budget import Removed
@@ -46,6 +48,7 @@ from onnxcompress.passes.prune.jobs import Job, Refit, Task, jobs_of, refitted
 from onnxcompress.passes.prune.memory import Memory
 from onnxcompress.passes.prune.norms import Norm
 from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.passes.prune.pairs import Pair, pairs_of
 from onnxcompress.passes.prune.recurrent import Recurrent
 from onnxcompress.passes.prune.rows import RowSource
 from onnxcompress.passes.prune.stages import plan_stages
@@ -103,13 +106,16 @@ def recover(
     levels, untreated = jobs_of(
         model, masked, coupling, kept, layers, options.recover_all, branches
     )
-    both = _Both.of(
-        masked, reference, [n for level in levels for job in level for n in job.written]
-    )
+    pairs: Mapping[str, Pair] = {}
+    if effort.pairs and options.joint:
+        pairs = pairs_of(model, masked, levels, layers.consumers, coupling, kept)
+    written = [n for level in levels for job in level for n in job.written]
+    both = _Both.of(masked, reference, [*written, *(n for p in pairs.values() for n in p.written)])
     done: list[Refit] = []
     changes: list[Change] = []
-    wanted = [both.wanted(level, memory, effort) for level in levels]
-    with _Running(both, wanted, ctx) as running:
+    wanted = [both.wanted(level, memory, effort, pairs) for level in levels]
+    again = {n for pair in pairs.values() for n in pair.nodes}
+    with _Running(both, wanted, again, ctx) as running:
         for number, level in enumerate(levels, start=1):
             text = f"prune: refitting layers, step {number} of {len(levels)}"
             stream = running.advance(number, text)
@@ -148,7 +154,25 @@ def recover(
                 done.append(fit.refit)
                 for changed in (both.model, model):
                     job.consumer.write(changed, fit.weight, fit.bias)
+                pair = pairs.get(job.consumer.node)
+                ridge = fit.refit.ridges[0]
+                if pair is None or ridge is None or not np.isfinite(ridge):
+                    continue
+                together = pair.fitted(both.model, stream, both.names, ridge, ctx.seed)
+                if together is not None and together.after < together.before:
+                    for changed in (both.model, model):
+                        pair.write(changed, together.layers)
+                    changes.append(_pair_change(pair, together))
     return Recovery(tuple(done), tuple(changes), untreated)
+
+
+def _pair_change(pair: Pair, found: Fitted) -> Change:
+    less = 1 - found.after / found.before
+    return Change(
+        pair.maker.node,
+        pair.maker.op_type,
+        f"fitted together with '{pair.reader.consumer.node}' ({less:.0%} less error there)",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +205,11 @@ class _Both:
         return cls(masked, {name: value.name or "" for name, value in joined.items()})
 
     def wanted(
-        self, level: Sequence[Task], memory: Memory | None, effort: Effort
+        self,
+        level: Sequence[Task],
+        memory: Memory | None,
+        effort: Effort,
+        pairs: Mapping[str, Pair],
     ) -> tuple[str, ...]:
         """The values that the layers of a level are fitted to, but for what is known of them."""
         names: list[str] = []
@@ -192,6 +220,8 @@ class _Both:
                 and memory.knows(job, effort.row_limit(job.consumer.width))
             )
             names.extend(job.wanted[:1] + job.wanted[2:] if known else job.wanted)
+            if isinstance(job, Job) and job.consumer.node in pairs:
+                names.append(pairs[job.consumer.node].data)
         return tuple(dict.fromkeys(self.names.get(name, name) for name in names))
 
 
@@ -201,11 +231,17 @@ class _Running(StreamOwner):
     Where a batch finds no memory, or the model refuses it, they start again with half of it.
     """
 
-    def __init__(self, both: _Both, wanted: Sequence[Sequence[str]], ctx: PassContext) -> None:
+    def __init__(
+        self,
+        both: _Both,
+        wanted: Sequence[Sequence[str]],
+        again: Collection[str],
+        ctx: PassContext,
+    ) -> None:
         if ctx.calibration is None:
             raise DataError("recovery needs calibration data and the job has none")
         self._both, self._ctx, self._data = both, ctx, ctx.calibration
-        self._stages = plan_stages(both.model.graph, wanted)
+        self._stages = plan_stages(both.model.graph, wanted, again)
         # Runs are what is held out, so there must be a few.
         self._size = max(1, min(ctx.batch_size, self._data.sample_count // (2 * FOLDS)))
 

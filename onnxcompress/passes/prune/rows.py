@@ -177,23 +177,23 @@ class RowSource:
         plan, answers = self._plan, self._answers
         if answers is not None and answers.whole:
             there, y = answers.there[number], answers.rows[number]
-            rows = _chosen(feeds, there, plan.max_rows)
+            rows = chosen_rows(feeds, there, plan.max_rows)
         else:
-            every = _axis_last(_floating(found[plan.total]), plan.axis)
+            every = axis_last(floating(found[plan.total]), plan.axis)
             there = len(every)
-            rows = _chosen(feeds, there, plan.max_rows)
+            rows = chosen_rows(feeds, there, plan.max_rows)
             y = every if rows is None else every[rows]
             if answers is not None and len(answers.rows) == number:
                 answers.add(there, y)
-        x = unfolded(_floating(found[plan.data]), plan.unfold, plan.channels, rows, there)
+        x = unfolded(floating(found[plan.data]), plan.unfold, plan.channels, rows, there)
         shortcut = None
         if plan.shortcut is not None:
-            shortcut = _axis_last(_floating(found[plan.shortcut]), plan.axis)
+            shortcut = axis_last(floating(found[plan.shortcut]), plan.axis)
             shortcut = _picked(shortcut, rows, plan.outputs)
         return Pairs(fold, x, _picked(y, None, plan.outputs), shortcut)
 
 
-def _chosen(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:
+def chosen_rows(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:
     """This run's share of the rows; None for all."""
     number = feeds.quota(max_rows)
     if number >= there:
@@ -209,11 +209,13 @@ def _picked(y: Floating, rows: Indices | None, outputs: Mask) -> Floating:
     return taken if outputs.all() else taken[:, outputs]
 
 
-def _floating(array: npt.NDArray[np.generic]) -> Floating:
+def floating(array: npt.NDArray[np.generic]) -> Floating:
+    """The array in a type to compute with."""
     return array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
 
 
-def _axis_last(array: Floating, axis: int) -> Floating:
+def axis_last(array: Floating, axis: int) -> Floating:
+    """Rows along an axis of a tensor, [rows, length of the axis]."""
     return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
 
 
@@ -236,7 +238,7 @@ def unfolded(
         ModelError: If there are more or fewer rows than ``there``.
     """
     if isinstance(unfold, AxisUnfold):
-        flat = _axis_last(x, unfold.axis)
+        flat = axis_last(x, unfold.axis)
         _check(len(flat), there)
         return _picked(flat, rows, channels)[np.newaxis]
     half = len(unfold.pads) // 2

@@ -7,7 +7,7 @@ earlier stages left, and keeps only the values that nodes still to run, or later
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -61,12 +61,16 @@ def _storable(value: ir.Value) -> bool:
     return value.type is None or isinstance(value.type, ir.TensorType)
 
 
-def plan_stages(graph: ir.Graph, wanted: Sequence[Sequence[str]]) -> tuple[Stage, ...]:
+def plan_stages(
+    graph: ir.Graph, wanted: Sequence[Sequence[str]], again: Collection[str] = ()
+) -> tuple[Stage, ...]:
     """Divide a graph into stages.
 
     Args:
         graph: The graph, nodes in topological order.
         wanted: The values to have at hand after each stage.
+        again: Names of nodes that run in every stage that needs them, since their weights may
+            change after one that did.
 
     Returns:
         As many stages as there are entries in ``wanted``.
@@ -82,7 +86,7 @@ def plan_stages(graph: ir.Graph, wanted: Sequence[Sequence[str]]) -> tuple[Stage
     if missing:
         raise ModelError(f"the model has no tensor '{missing[0]}'")
     # A node whose output cannot be stored (a sequence) runs again in every stage that needs it.
-    repeated = [not all(_storable(o) for o in n.outputs) for n in nodes]
+    repeated = [n.name in again or not all(_storable(o) for o in n.outputs) for n in nodes]
 
     def closure(names: Sequence[str], done: set[int]) -> set[int]:
         """Numbers of the nodes to run for ``names`` when those in ``done`` have run."""

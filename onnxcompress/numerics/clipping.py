@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floating = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,13 @@ class Bounds:
     low: float = -math.inf
     high: float = math.inf
 
-    def clipped(self, z: Floating) -> Floating:
+    def value(self, z: Floats) -> Floats:
         """``f(z)``, any shape."""
-        return np.clip(z, z.dtype.type(self.low), z.dtype.type(self.high))
+        return np.clip(z, np.float32(self.low), np.float32(self.high))
 
-    def open(self, z: Floating) -> npt.NDArray[np.bool_]:
-        """Where ``f'(z)`` is 1 and not 0."""
-        return np.asarray((z > self.low) & (z < self.high))
+    def slope(self, z: Floats) -> Floats:
+        """``f'(z)``, 1 or 0, any shape."""
+        return np.asarray((z > self.low) & (z < self.high), np.float32)
 
 
 def clipped_target(original: Floating, now: Floating, bounds: Bounds) -> Floating:

@@ -1,11 +1,11 @@
-"""Two layers with a clipping activation between them, fitted together.
+"""Two layers with an activation between them, fitted together.
 
-    y = Σ_t W₂ₜ f(W₁ xₜ + b₁) + b₂,   f(z) = min(max(z, l), h)
+    y = Σ_t W₂ₜ f(W₁ xₜ + b₁) + b₂
 
 ``t`` runs over the taps of the second layer. Fitted one after the other, the first layer goes on
 making what it made in the original, though the second one has lost a part of that and could use
-something else. Given ``W₂``, the output is linear in ``W₁`` as long as no hidden value crosses a
-bound, so that one step of Gauss and Newton is
+something else. Given ``W₂``, the output is nearly linear in small changes of ``W₁`` (of a Relu
+exactly, as long as no hidden value crosses zero), so that one step of Gauss and Newton is
 
     δ = argmin Σ_rows ‖e - Σ_t W₂ₜ (f'(zₜ) ∘ δ xₜ)‖² + λ‖δ‖²
 
@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from onnxcompress.numerics.clipping import Bounds, clipped_target
 from onnxcompress.numerics.least_squares import Moments, damping, regress
+from onnxcompress.numerics.scalar_function import ScalarFunction
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ TURNS = 3
 _SOLVES = 2
 """Conjugate gradients of one step."""
 _DAMPING = 0.1
-"""``λ`` relative to the mean curvature: so far hidden values keep to their side of a bound."""
+"""``λ`` relative to the mean curvature: so far outputs are nearly linear in the weights."""
 RIDGE = 1e-2
 """Of the second layer if none is known, and of ``A`` and ``B``."""
 _SHRINKS = (1.0, 0.5, 0.25)
@@ -100,22 +101,26 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One run through both layers: where ``f'`` is 1 [k, T, H], hidden [k, T · H], missing [k, O].
+    """One run through both layers.
 
-    ``open`` says for which outputs what is missing depends on the weights, [k, O].
+    Attributes:
+        slopes: ``f'``, 0 for padding, [k, T, H].
+        hidden: ``f``, likewise, [k, T · H].
+        missing: What the outputs should be more, [k, O].
+        open: 1 where the outputs can change what is missing, else 0, [k, O].
     """
 
-    live: npt.NDArray[np.bool_]
+    slopes: Floats
     hidden: Floats
     missing: Floats
-    open: npt.NDArray[np.bool_]
+    open: Floats
 
 
 def jointly(
     fit: Rows,
     held: Rows,
     layers: Layers,
-    hidden: Bounds,
+    hidden: ScalarFunction,
     outer: Bounds,
     *,
     ridge: float = RIDGE,
@@ -127,7 +132,7 @@ def jointly(
         fit: Rows to fit to.
         held: Rows to judge by.
         layers: The weights to begin with.
-        hidden: What the activation between them clips to.
+        hidden: The activation between them.
         outer: What the activation behind them clips to.
         ridge: Pull of the second layer towards its weights, relative to the mean variance of its
             inputs.
@@ -148,30 +153,30 @@ def jointly(
     return Fitted(best, before, least)
 
 
-def _run(rows: Rows, layers: Layers, hidden: Bounds, outer: Bounds) -> _Pass:
+def _run(rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds) -> _Pass:
     count, taps, width = rows.x.shape
     z = rows.x.reshape(-1, width) @ layers.first.T + layers.first_bias
-    inside = rows.inside.reshape(-1, 1)
-    live = hidden.open(z) & inside
-    values = np.where(inside, hidden.clipped(z), np.float32(0)).reshape(count, -1)
-    now = values @ layers.second.T + layers.second_bias
+    inside = rows.inside.reshape(-1, 1).astype(np.float32)
+    slopes = hidden.slope(z) * inside
+    values = (hidden.value(z) * inside).reshape(count, -1)
+    now = np.asarray(values @ layers.second.T + layers.second_bias, np.float32)
     if rows.shortcut is not None:
         now = now + rows.shortcut
-    missing = clipped_target(rows.target, now, outer) - now
-    open_ = outer.open(rows.target) | outer.open(now)
-    return _Pass(
-        live.reshape(count, taps, -1), values.astype(np.float32), missing.astype(np.float32), open_
-    )
+    missing = np.asarray(clipped_target(rows.target, now, outer) - now, np.float32)
+    open_ = np.maximum(outer.slope(rows.target), outer.slope(now))
+    return _Pass(slopes.reshape(count, taps, -1), values, missing, open_)
 
 
-def _error(rows: Rows, layers: Layers, hidden: Bounds, outer: Bounds) -> float:
+def _error(rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds) -> float:
     """``Σ‖f(y₀) - f(y)‖² / Σ‖f(y₀)‖²``, bounded from above as in :mod:`numerics.clipping`."""
     missing = _run(rows, layers, hidden, outer).missing
-    energy = float(np.sum(outer.clipped(rows.target).astype(np.float64) ** 2))
+    energy = float(np.sum(outer.value(rows.target).astype(np.float64) ** 2))
     return float(np.sum(missing.astype(np.float64) ** 2)) / max(energy, 1e-30)
 
 
-def _first(rows: Rows, layers: Layers, hidden: Bounds, outer: Bounds, ridge: float) -> Layers:
+def _first(
+    rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds, ridge: float
+) -> Layers:
     """One step of the first layer; it has a damping of its own."""
     del ridge
     found = _run(rows, layers, hidden, outer)
@@ -193,14 +198,13 @@ def _step(rows: Rows, found: _Pass, second: Floats) -> tuple[Floats, Floats]:
     """``δ`` of the weights [H, D] and of the bias [H]."""
     count, taps, width = rows.x.shape
     flat = rows.x.reshape(-1, width)
-    live = found.live.astype(np.float32)
-    across = found.open.astype(np.float32)
+    slopes, across = found.slopes, found.open
     own = flat.T @ flat / len(flat)
     own += np.float32(damping(own.astype(np.float64), RIDGE)) * np.eye(width, dtype=np.float32)
-    states = live.reshape(-1, live.shape[2])
+    states = slopes.reshape(-1, slopes.shape[2])
     blocks = second.reshape(len(second), taps, -1)
     curve = np.einsum("oth,otg->hg", blocks, blocks) * (states.T @ states / len(states))
-    # Without any live unit there is no curvature, and nothing to do.
+    # Where all units are clipped there is no curvature, and nothing to do.
     scale = float(np.trace(curve)) / len(curve) * float(np.trace(own)) / width
     if scale <= 0:
         return np.zeros((len(curve), width), np.float32), np.zeros(len(curve), np.float32)
@@ -211,11 +215,11 @@ def _step(rows: Rows, found: _Pass, second: Floats) -> tuple[Floats, Floats]:
     right = np.linalg.inv(own.astype(np.float64)).astype(np.float32)
 
     def image(weight: Floats, bias: Floats) -> Floats:
-        hidden = (flat @ weight.T + bias).reshape(live.shape) * live
+        hidden = (flat @ weight.T + bias).reshape(slopes.shape) * slopes
         return np.asarray((hidden.reshape(count, -1) @ second.T) * across, np.float32)
 
     def gradient(missing: Floats) -> tuple[Floats, Floats]:
-        hidden = ((missing @ second).reshape(live.shape) * live).reshape(-1, live.shape[2])
+        hidden = ((missing @ second).reshape(slopes.shape) * slopes).reshape(states.shape)
         return np.asarray(hidden.T @ flat, np.float32), hidden.sum(axis=0, dtype=np.float32)
 
     def precondition(weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
@@ -263,7 +267,9 @@ def _plus(a: Pair, b: Pair, factor: np.float32) -> Pair:
     return a[0] + factor * b[0], a[1] + factor * b[1]
 
 
-def _second(rows: Rows, layers: Layers, hidden: Bounds, outer: Bounds, ridge: float) -> Layers:
+def _second(
+    rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds, ridge: float
+) -> Layers:
     """The second layer fitted to what the first one makes."""
     found = _run(rows, layers, hidden, outer)
     target = found.hidden @ layers.second.T + layers.second_bias + found.missing

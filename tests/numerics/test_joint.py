@@ -35,7 +35,7 @@ def answer(x: Floats, inside: npt.NDArray[np.bool_], given: Layers, bounds: Boun
     second = given.second.reshape(len(given.second), taps, -1)
     total = np.tile(given.second_bias, (len(x), 1))
     for t in range(taps):
-        hidden = bounds.clipped(x[:, t] @ given.first.T + given.first_bias)
+        hidden = bounds.value(x[:, t] @ given.first.T + given.first_bias)
         total += (hidden * inside[:, t, np.newaxis]) @ second[:, t].T
     return total.astype(np.float32)
 

@@ -18,7 +18,7 @@ from onnxcompress.graph.labels import analyse
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.prune import PruneOptions, PrunePass
 from onnxcompress.passes.prune.consumers import Layers
-from onnxcompress.passes.prune.contest import Judge, Losses, Plan, Trial, Verdict, best_plan
+from onnxcompress.passes.prune.contest import FactoredLosses, Judge, Plan, Trial, Verdict, best_plan
 from onnxcompress.passes.prune.samples import contest_size
 from onnxcompress.passes.prune.score import Ranking
 from tests.builder import ModelBuilder
@@ -34,7 +34,7 @@ def ranking(index: int, sinks: int, *, whole: bool = False) -> Ranking:
 
 
 def test_losses_are_multiplied_and_last_steps_have_a_factor_of_their_own() -> None:
-    losses = Losses([ranking(0, sinks=1), ranking(1, sinks=3, whole=True)])
+    losses = FactoredLosses([ranking(0, sinks=1), ranking(1, sinks=3, whole=True)])
     assert losses.prior[1] > losses.prior[0] == 0.0 > losses.prior[2]
     alone, whole = losses.times(np.array([2.0, 3.0, 0.5]))
     np.testing.assert_array_equal(alone.losses, [0.0, 2.0, 4.0, 8.0])
@@ -43,7 +43,7 @@ def test_losses_are_multiplied_and_last_steps_have_a_factor_of_their_own() -> No
 
 def test_the_parts_of_a_plan_add_up_to_what_its_factors_make_of_it() -> None:
     rankings = [ranking(0, sinks=1), ranking(1, sinks=3, whole=True)]
-    losses, factors = Losses(rankings), np.array([2.0, 3.0, 0.5])
+    losses, factors = FactoredLosses(rankings), np.array([2.0, 3.0, 0.5])
     for plan in ({0: np.arange(2)}, {1: np.arange(4)}, {0: np.arange(3), 1: np.arange(1)}):
         seen = losses.times(factors)
         total = sum(seen[g].losses[len(units)] for g, units in plan.items())

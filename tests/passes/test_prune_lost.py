@@ -18,7 +18,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.prune import PruneOptions, PrunePass, lost
-from onnxcompress.passes.prune.lost import BEARABLE, ROOM, Losses, Lost, class_room, losses_for
+from onnxcompress.passes.prune.lost import BEARABLE, ROOM, Comparison, Lost, class_room, losses_for
 from onnxcompress.passes.svd import SvdOptions, SvdPass
 from tests.builder import Array, ModelBuilder
 from tests.running import context, run_model
@@ -99,7 +99,7 @@ def test_losses_are_those_on_held_out_samples(tmp_path: Path) -> None:
     model = network()
     changed = damaged(model, 0.2)
     data = dataset(model)
-    found = Losses(job(model, tmp_path, data=data), data, model).of(changed)
+    found = Comparison(job(model, tmp_path, data=data), data, model).of(changed)
     held_out = {"x": samples(64)["x"][3::4]}
     outputs = [run_model(m, held_out).values() for m in (model, changed)]
     y, z = (next(iter(arrays)).astype(np.float64) for arrays in outputs)
@@ -132,7 +132,7 @@ def test_svd_behind_a_loss_keeps_to_what_that_allows(tmp_path: Path) -> None:
             limited = part > 0 and options is alone
             assert limited == any("the passes before have left" in n for n in report.notes)
             if limited and name == "little":
-                losses = Losses(ctx, dataset(model), model)
+                losses = Comparison(ctx, dataset(model), model)
                 before, after = losses.of(changed), losses.of(result)
                 assert after.error <= before.error + 1.3 * before.allowed
     assert kept["untouched", False] <= 0.75

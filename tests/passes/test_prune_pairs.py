@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def block(activation: str, *, read_twice: bool = False, groups: int = 1) -> ir.M
     if activation == "Clip":
         limits = (b.constant(np.array(v, np.float32), n) for v, n in ((0.0, "l"), (2.0, "h")))
         inner = b.op("Clip", inner, *limits)
+    elif activation == "erf":  # GELU as PyTorch exports it
+        scaled = b.op("Div", inner, b.constant(np.array(np.sqrt(2), np.float32)))
+        one = b.op("Add", b.op("Erf", scaled), b.constant(np.ones((1, 1, 1), np.float32)))
+        half = b.op("Mul", b.constant(np.array(0.5, np.float32)), inner)
+        inner = b.op("Mul", half, one)
+    elif activation == "gated":
+        inner = b.op("Mul", b.op("Sigmoid", b.op("ReduceMax", inner, keepdims=1)), inner)
+    elif activation == "scaled":
+        inner = b.op("Mul", inner, b.weight(16, 1, 1))
     elif activation:
         inner = b.op(activation, inner)
     if groups > 1:
@@ -99,29 +109,50 @@ def pairs(model: ir.Model) -> dict[str, Pair]:
     return pairs_of(model, masked, levels, layers.consumers, coupling, kept)
 
 
-@pytest.mark.parametrize("activation", ["Relu", "Clip", ""])
-def test_only_what_clips_lies_between_a_pair(activation: str) -> None:
+@pytest.mark.parametrize(
+    ("activation", "nodes"), [("", 0), ("Relu", 1), ("Clip", 1), ("Tanh", 1), ("erf", 5)]
+)
+def test_only_an_activation_lies_between_a_pair(activation: str, nodes: int) -> None:
     (pair,) = pairs(block(activation)).values()
     assert pair.maker.weight == "inner"
     assert pair.inputs.all()
-    assert pair.bounds.low == (0.0 if activation else -np.inf)
-    assert len(pair.nodes) == 2 + bool(activation)  # the mask, too
+    assert len(pair.chain.nodes) == nodes
+    assert len(pair.nodes) == nodes + 2  # the layer and the mask, too
+
+
+@pytest.mark.parametrize("activation", ["", "Relu", "Clip", "Tanh", "erf"])
+def test_an_activation_is_a_function_of_one_number(activation: str, tmp_path: Path) -> None:
+    (pair,) = pairs(block(activation)).values()
+    z = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32) * 2
+    function = pair.chain.function(z, context(tmp_path))
+    assert function is not None
+    wanted = {
+        "": z,
+        "Relu": np.maximum(z, 0),
+        "Clip": np.clip(z, 0, 2),
+        "Tanh": np.tanh(z),
+        "erf": np.array([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in z.flat]).reshape(
+            z.shape
+        ),
+    }[activation]
+    np.testing.assert_allclose(function.value(z), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: block("Tanh"),
+        lambda: block("gated"),
+        lambda: block("scaled"),
         lambda: block("Relu", read_twice=True),
         lambda: block("Relu", groups=16),
     ],
-    ids=["another activation", "read twice", "depthwise"],
+    ids=["gated", "scaled by channel", "read twice", "depthwise"],
 )
 def test_other_layers_are_no_pair(model: Callable[[], ir.Model]) -> None:
     assert not pairs(model())
 
 
-@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+@pytest.mark.parametrize("activation", ["Relu", "Clip", "erf"])
 def test_together_they_leave_less_error(activation: str, tmp_path: Path) -> None:
     model = block(activation)
     data, fresh = dataset(model, samples(model, 96)), samples(model, 64, seed=1)

@@ -107,7 +107,7 @@ class Verdict:
     count: int
 
 
-class Losses:
+class FactoredLosses:
     """The losses of all groups as a function of factors: one for each, and one for last steps.
 
     Args:
@@ -269,7 +269,7 @@ def best_plan(
     judge, *others = judges
     if count < 2 or not rankings or not judge.judging:
         return None
-    losses = Losses(rankings)
+    losses = FactoredLosses(rankings)
     rng = np.random.default_rng(ctx.seed)
     trials: dict[tuple[tuple[int, int], ...], Trial] = {}
     factors = losses.learned(())

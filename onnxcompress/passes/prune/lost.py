@@ -82,7 +82,7 @@ class Lost:
         return max(PART * self.error, self.room - self.error)
 
 
-class Losses:
+class Comparison:
     """Compares models with the original on the same samples.
 
     Args:
@@ -207,7 +207,7 @@ def class_room(y: Floats, z: Floats, changed: float, unknown: float) -> float:
     return ratio * stands**2
 
 
-def losses_for(ctx: PassContext, model: ir.Model) -> tuple[Losses, Lost] | None:
+def losses_for(ctx: PassContext, model: ir.Model) -> tuple[Comparison, Lost] | None:
     """What to compare with the original by, and what is lost before a pass begins.
 
     None where the original or samples are not known, or no pass before has lost anything.
@@ -216,8 +216,8 @@ def losses_for(ctx: PassContext, model: ir.Model) -> tuple[Losses, Lost] | None:
     if ctx.original is None or data is None or data.synthetic:
         return None
     try:
-        losses = Losses(ctx, data, model)
-        lost = losses.of(model)
+        comparison = Comparison(ctx, data, model)
+        lost = comparison.of(model)
     except (OnnxCompressError, MemoryError, ValueError):
         return None  # defaults will do
-    return (losses, lost) if lost.error > _UNTOUCHED else None
+    return (comparison, lost) if lost.error > _UNTOUCHED else None

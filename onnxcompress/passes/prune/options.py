@@ -123,7 +123,7 @@ class PruneOptions(PassOptions):
     )
     joint: bool = option(
         True,
-        "Fit the layers before and behind removed channels together where only a Relu or Clip lies "
+        "Fit the layers before and behind removed channels together where only an activation lies "
         "between them.",
     )
     rounds: int = option(

@@ -1,9 +1,9 @@
 """Pairs of layers around removed channels, fitted together.
 
 The layer that reads a pruned group has been refitted; the layer that makes it still makes what it
-made in the original. Where nothing but a clipping activation lies between the two and nobody else
-reads it, both are fitted to what the second one should answer
-(:mod:`onnxcompress.numerics.joint`).
+made in the original. Where nothing but an activation lies between the two
+(:mod:`onnxcompress.passes.prune.elementwise`) and nobody else reads it, both are fitted to what the
+second one should answer (:mod:`onnxcompress.numerics.joint`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import onnx_ir as ir
 from onnxcompress.calibration.feeds import RunFeeds
 from onnxcompress.calibration.geometry import ConvGrid, weight_order
 from onnxcompress.calibration.statistics import ConvUnfold, Unfold
+from onnxcompress.context import PassContext
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.numerics.clipping import Bounds
 from onnxcompress.numerics.joint import Fitted, Floats, Layers, Rows, jointly
-from onnxcompress.passes.prune.clipping import clip_of
 from onnxcompress.passes.prune.consumers import Consumer
+from onnxcompress.passes.prune.elementwise import Chain, chain_behind
 from onnxcompress.passes.prune.fit import FOLDS
 from onnxcompress.passes.prune.jobs import Job, Task
 from onnxcompress.passes.prune.rows import axis_last, chosen_rows, floating, unfolded
@@ -51,7 +52,7 @@ class Pair:
         data: Name of its (masked) data input in the masked model.
         inputs: Which of its input channels stay, [C].
         nodes: Names of the nodes from the first layer to the data of the second one.
-        bounds: What the activation between them clips to.
+        chain: The activation between them.
     """
 
     reader: Job
@@ -59,7 +60,7 @@ class Pair:
     data: str
     inputs: Mask
     nodes: tuple[str, ...]
-    bounds: Bounds
+    chain: Chain
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -67,22 +68,34 @@ class Pair:
         return (self.maker.weight, self.maker.bias or "")
 
     def fitted(
-        self, model: ir.Model, stream: Stream, names: Mapping[str, str], ridge: float, seed: int
+        self,
+        model: ir.Model,
+        stream: Stream,
+        names: Mapping[str, str],
+        ridge: float,
+        ctx: PassContext,
     ) -> Fitted | None:
-        """Both layers, their weights as :class:`Layers` holds them; None if there are few rows.
+        """Both layers, their weights as :class:`Layers` holds them.
+
+        None if there are too few rows, or the activation cannot be run apart.
 
         Args:
             model: Holds both layers with their current weights.
             stream: Holds the values that :attr:`Job.wanted` and :attr:`data` name.
             names: What values of the original are called in the stream.
             ridge: What suits the second layer.
-            seed: Of the choice of rows.
+            ctx: How to run, and the seed of the choice of rows.
         """
-        fit, held = self._rows(stream, names, seed)
+        fit, held = self._rows(stream, names, ctx.seed)
         if fit is None or held is None:
             return None
+        layers = self._layers(model)
+        seen = held.x.reshape(-1, held.x.shape[2]) @ layers.first.T + layers.first_bias
+        activation = self.chain.function(seen, ctx)
+        if activation is None:
+            return None
         bounds = self.reader.bounds or Bounds()
-        return jointly(fit, held, self._layers(model), self.bounds, bounds, ridge=ridge)
+        return jointly(fit, held, layers, activation, bounds, ridge=ridge)
 
     def write(self, model: ir.Model, layers: Layers) -> None:
         """Store new weights of both."""
@@ -232,7 +245,7 @@ def pairs_of(
         coupling: The groups.
         kept: Which units stay.
     """
-    own = {n.name for n in original.graph}
+    own = {n.name or "" for n in original.graph}
     makers = {c.output: c for c in consumers.values() if c.obstacle is None}
     nodes = {n.name: n for n in masked.graph}
     pairs = {}
@@ -240,46 +253,30 @@ def pairs_of(
         consumer = job.consumer
         if consumer.groups > 1 or consumer.bias is None or job.inputs.all() or not job.inputs.any():
             continue
-        found = _behind(nodes[consumer.node].inputs[0], own, makers)
-        if found is None:
+        read = nodes[consumer.node].inputs[0]
+        chain = None if read is None else chain_behind(read, makers, own)
+        if chain is None:
             continue
-        maker, between, bounds = found
+        maker = makers[chain.root.name or ""]
         data = nodes[maker.node].inputs[0]
-        if data is None or maker.outputs != len(job.inputs):
+        if data is None or maker.groups > 1 or maker.outputs != len(job.inputs):
             continue
         axis = 1 if isinstance(maker.unfold, ConvUnfold) else maker.target_axis
         inputs = staying(coupling, kept, maker.data, axis, maker.width // maker.taps)
-        if inputs.any():
-            pairs[consumer.node] = Pair(job, maker, data.name or "", inputs, between, bounds)
+        if inputs.any() and maker.bias is not None:
+            between = _between(read, nodes[maker.node])
+            pairs[consumer.node] = Pair(job, maker, data.name or "", inputs, between, chain)
     return pairs
 
 
-def _behind(
-    value: ir.Value | None, own: set[str | None], makers: Mapping[str, Consumer]
-) -> tuple[Consumer, tuple[str, ...], Bounds] | None:
-    """The layer that makes a value, alone and for this reader alone; None if there is none.
-
-    Also the names of the nodes from there on, and what the activation between them clips to.
-    """
-    between: list[str] = []
-    bounds: Bounds | None = None
-    while value is not None and not value.is_graph_output() and len(list(value.uses())) == 1:
-        maker = makers.get(value.name or "")
-        node = value.producer()
-        if node is None:
-            return None
-        between.append(node.name or "")
-        if maker is not None:
-            if maker.groups > 1 or maker.bias is None:
-                return None
-            if node.name != maker.node:  # the bias is an Add of its own
-                between.append(maker.node)
-            return maker, tuple(between), bounds or Bounds()
-        if node.name not in own:  # a mask
-            value = node.inputs[1]
-            continue
-        clip = clip_of(node)
-        if clip is None or bounds is not None:
-            return None
-        bounds, value = clip, node.inputs[0]
-    return None
+def _between(read: ir.Value | None, maker: ir.Node) -> tuple[str, ...]:
+    """Names of the nodes from a layer to what another one reads."""
+    found: dict[ir.Node, None] = {maker: None}
+    todo = [read]
+    while todo:
+        value = todo.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node not in found:
+            found[node] = None
+            todo.extend(node.inputs)
+    return tuple(node.name or "" for node in found)

@@ -149,42 +149,43 @@ class PrunePass:
         budget itself before ``svd`` or ``share``, costs more than is bearable, finer steps are
         taken, and half as much goes.
         """
-        options, ctx = self._options, work.ctx
-        count = options.plans if options.compares_plans else 1
-        default = options.budget is not None and not options.asks_for_budget and options.recover
-        judged = default and ctx.original is not None and ctx.calibration is not None
-        whole = judged and not options.align and "quant" in ctx.passes
-        follows = judged and not _FOLLOWING.isdisjoint(ctx.passes)
+        count = self._options.plans if self._options.compares_plans else 1
+
+        def attempt() -> _Spent:
+            return _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
+
+        whole, milder = self._wishes_of_others(work.ctx)
         notes = list(work.notes)
         work.whole_steps = whole
-        spent = _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
+        spent = attempt()
         work.whole_steps = False
-        if not whole and not (follows and spent.removed):
+        if not whole and not (milder and spent.removed):
             return spent
-        cost = ""
-        if spent.removed:
-            found = losses_for(ctx, mask(model, coupling, spent.removed))
-            if found is None or found[1].error <= found[1].bearable:
-                return (
-                    dataclasses.replace(spent, notes=(*spent.notes, _STEPS_NOTE))
-                    if whole
-                    else spent
-                )
-            cost = f"{-10 * np.log10(found[1].error):.1f} dB"
-        for graph, before in zip(model.graphs(), reference.graphs(), strict=True):
-            for name, value in graph.initializers.items():
-                value.const_value = before.initializers[name].const_value
+        cost = _unbearable(work.ctx, mask(model, coupling, spent.removed)) if spent.removed else ""
+        if cost is None:
+            added = (_STEPS_NOTE,) if whole else ()
+            return dataclasses.replace(spent, notes=(*spent.notes, *added))
+        _restore(model, reference)
         work.notes = notes
-        if not follows or not cost:
-            return _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
+        if not milder or not cost:
+            return attempt()
         work.options = dataclasses.replace(work.options, macs=MILDER_KEPT)
-        spent = _spent(model, reference, coupling, work, rankings, {}, 1.0, count)
+        spent = attempt()
         note = (
             f"macs={MILDER_KEPT:g} was kept instead of {DEFAULT_KEPT:g}, which left {cost} of the "
             "outputs on held-out samples: too little where other passes follow. Set a budget to "
             "decide."
         )
         return dataclasses.replace(spent, notes=(*spent.notes, note))
+
+    def _wishes_of_others(self, ctx: PassContext) -> tuple[bool, bool]:
+        """Whether a default budget should go in whole steps, and whether it may be too much."""
+        options = self._options
+        default = options.budget is not None and not options.asks_for_budget and options.recover
+        if not default or ctx.original is None or ctx.calibration is None:
+            return False, False
+        whole = not options.align and "quant" in ctx.passes
+        return whole, not _FOLLOWING.isdisjoint(ctx.passes)
 
     def _with_data(self, ctx: PassContext) -> tuple[PruneOptions, list[str]]:
         """The options as the data allow them, and what to say about it."""
@@ -268,6 +269,21 @@ def _spent(
 
 
 _NOTHING = "Nothing can be pruned: see the reasons of what was left alone."
+
+
+def _unbearable(ctx: PassContext, model: ir.Model) -> str | None:
+    """What is left of the outputs if that is too little before other passes; None if it is not."""
+    found = losses_for(ctx, model)
+    if found is None or found[1].error <= found[1].bearable:
+        return None
+    return f"{-10 * np.log10(found[1].error):.1f} dB"
+
+
+def _restore(model: ir.Model, reference: ir.Model) -> None:
+    """Give ``model`` the weights of ``reference`` back, which has the same graph."""
+    for graph, before in zip(model.graphs(), reference.graphs(), strict=True):
+        for name, value in graph.initializers.items():
+            value.const_value = before.initializers[name].const_value
 
 
 def _add_biases(model: ir.Model) -> tuple[str, ...]:

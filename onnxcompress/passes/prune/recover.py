@@ -158,7 +158,7 @@ def recover(
                 ridge = fit.refit.ridges[0]
                 if pair is None or ridge is None or not np.isfinite(ridge):
                     continue
-                together = pair.fitted(both.model, stream, both.names, ridge, ctx.seed)
+                together = pair.fitted(both.model, stream, both.names, ridge, ctx)
                 if together is not None and together.after < together.before:
                     for changed in (both.model, model):
                         pair.write(changed, together.layers)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxcompress.context import PassContext
 from onnxcompress.errors import OnnxCompressError
-from onnxcompress.passes.prune.lost import Losses, Lost, losses_for
+from onnxcompress.passes.prune.lost import Comparison, Lost, losses_for
 from onnxcompress.passes.svd.emit import Written
 from onnxcompress.passes.svd.options import DEFAULT_KEPT
 from onnxcompress.passes.svd.planning import Plan, Planner
@@ -45,11 +45,11 @@ class Limit:
     """What the pass may add to what is lost already.
 
     Attributes:
-        losses: Compares with the original.
+        comparison: Compares with the original.
         lost: Before the pass.
     """
 
-    losses: Losses
+    comparison: Comparison
     lost: Lost
 
     @property
@@ -94,7 +94,7 @@ class Limit:
 
     def _added(self, model: ir.Model) -> float:
         try:
-            return max(self.losses.of(model).error - self.lost.error, 0.0)
+            return max(self.comparison.of(model).error - self.lost.error, 0.0)
         except (OnnxCompressError, MemoryError):
             return 0.0  # what does not run is found out after the pass
 

@@ -46,7 +46,8 @@ RIDGE = 1e-2
 _SHRINKS = (1.0, 0.5, 0.25)
 """Parts of a step to try."""
 _LEAST_GAIN = 5e-3
-"""A turn that lowers the error of the rows held out by less than this share is the last one."""
+"""A turn that lowers the error of the rows held out by less than this share is the last one, and
+the layers stay as they are where all turns together gain no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,8 @@ def jointly(
                 best, least = tried, error
         if not least < (1.0 - _LEAST_GAIN) * start:
             break
+    if not least < (1.0 - _LEAST_GAIN) * before:
+        return Fitted(layers, before, before)
     return Fitted(best, before, least)
 
 

@@ -22,6 +22,7 @@ from onnxcompress import model_io
 from onnxcompress.graph.canonical import canonicalize
 from onnxcompress.graph.constants import constant_of, constant_tensor
 from onnxcompress.passes._subexpressions import drop_unused_constants, merge_equal_nodes
+from onnxcompress.passes._views import merge_views
 
 # A constant of up to this many elements may be a shape, an axis list or a padding.
 _SHAPE_ELEMENTS = 64
@@ -105,6 +106,7 @@ def rewrite(model: ir.Model, level: Level, *, max_folded_bytes: int) -> None:
             _remove_identities(model)
             if level is not Level.CLEAN:
                 _fold(model, level, max_folded_bytes)
+                merge_views(model)
             if level is Level.FULL:
                 opset = model.opset_imports.get("", 0)
                 RewritePass(_RULES_14 if opset >= 14 else _RULES)(model)

@@ -4,8 +4,9 @@ Two simplifiers run one after the other, onnxscript's optimizer and onnxsim, eac
 is adopted only if it passes the gate:
 
 1. inputs and outputs have the same names, types and order;
-2. no more nodes than before, and no more Shape and Reshape nodes (onnxsim rewrites MatMul + Add on
-   transformers as Reshape + Gemm + Shape chains, which are slower and freeze the axes they touch);
+2. no more nodes than before, and no more that only read shapes or change them; from onnxsim no
+   more Shape and Reshape nodes either (it rewrites MatMul + Add on transformers as Reshape + Gemm +
+   Shape chains, which are slower and freeze the axes they touch);
 3. not more bytes than before (constants of a quantized or half-precision model stay as they are);
 4. the checker passes and onnxruntime loads it;
 5. its outputs equal the original's on sample inputs, within rounding: for every output,
@@ -33,12 +34,14 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError, ModelError
 from onnxcompress.passes._onnxsim import OnnxsimError, simplify
 from onnxcompress.passes._rewrites import Level, RewriteError, rewrite, strip_metadata
+from onnxcompress.passes._views import VIEWS
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage, option
 from onnxcompress.runtime import open_session
 
 Array = npt.NDArray[np.generic]
 
 _SAMPLES = 4
+_OF_SHAPES = VIEWS - {"Transpose"} | {"Shape"}
 _ONNXSIM_LIMIT_BYTES = 2_000_000_000
 # Largest difference of an output, relative to its magnitude: room for another order of sums.
 _TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2}
@@ -138,7 +141,7 @@ class SimplifyPass:
         except OnnxsimError as error:
             skips.append(Skip("", "", f"onnxsim's result was not adopted: {error}"))
             return ()
-        if (refusal := gate.refuses(candidate, model)) is not None:
+        if (refusal := gate.refuses(candidate, model, foreign=True)) is not None:
             skips.append(Skip("", "", f"onnxsim's result was not adopted: {refusal}"))
             return ()
         return _adopt(model, candidate, "onnxsim") if _better(candidate, model) else ()
@@ -152,12 +155,15 @@ class _Size:
     """What must not grow."""
 
     nodes: int
+    view_nodes: int
     shape_nodes: int
     size_bytes: int
 
 
 def _measure(model: ir.Model) -> _Size:
-    """Count nodes (constants are none), Shape and Reshape among them, and bytes.
+    """Count nodes (constants are none) and bytes.
+
+    Among the nodes, those that read or change shapes count apart, and Shape and Reshape.
 
     The bytes are those of the constants and of the nodes with their names; inferred types do not
     count.
@@ -175,8 +181,9 @@ def _measure(model: ir.Model) -> _Size:
                 for a in node.attributes.values()
                 if a.type == ir.AttributeType.TENSOR
             )
+    view_nodes = sum(n.op_type in _OF_SHAPES for n in nodes)
     shape_nodes = sum(n.op_type in ("Shape", "Reshape") for n in nodes)
-    return _Size(len(nodes), shape_nodes, size_bytes)
+    return _Size(len(nodes), view_nodes, shape_nodes, size_bytes)
 
 
 def _better(candidate: ir.Model, model: ir.Model) -> bool:
@@ -228,14 +235,25 @@ class _Gate:
         session = open_session(model, self.ctx.session, work_dir=self.ctx.work_dir)
         return [session.run(feeds) for feeds in self.feeds]
 
-    def refuses(self, candidate: ir.Model, current: ir.Model) -> str | None:
-        """Why ``candidate`` may not replace ``current``; None if it may."""
+    def refuses(
+        self, candidate: ir.Model, current: ir.Model, *, foreign: bool = False
+    ) -> str | None:
+        """Why ``candidate`` may not replace ``current``; None if it may.
+
+        Args:
+            candidate: The copy.
+            current: The model as it is.
+            foreign: Whether the copy may hold a Reshape for other reasons than :mod:`._views`.
+        """
         if not _restore_interface(candidate, self.original):
             return "it changes the names of the inputs or outputs"
         new, old = _measure(candidate), _measure(current)
         if new.nodes > old.nodes:
             return f"it has {new.nodes} nodes instead of {old.nodes}"
-        if new.shape_nodes > old.shape_nodes:
+        if new.view_nodes > old.view_nodes:
+            change = f"{new.view_nodes} nodes that read or change shapes instead of"
+            return f"it has {change} {old.view_nodes}"
+        if foreign and new.shape_nodes > old.shape_nodes:
             return f"it has {new.shape_nodes} Shape and Reshape nodes instead of {old.shape_nodes}"
         if new.size_bytes > old.size_bytes:
             return f"it has {new.size_bytes} bytes instead of {old.size_bytes}"

@@ -21,6 +21,7 @@ from onnxscript.rewriter.rules import common as rules
 from onnxcompress import model_io
 from onnxcompress.graph.canonical import canonicalize
 from onnxcompress.graph.constants import constant_of, constant_tensor
+from onnxcompress.passes._hard_sigmoid import write_hard_sigmoids
 from onnxcompress.passes._subexpressions import drop_unused_constants, merge_equal_nodes
 from onnxcompress.passes._views import merge_views
 
@@ -108,6 +109,7 @@ def rewrite(model: ir.Model, level: Level, *, max_folded_bytes: int) -> None:
                 _fold(model, level, max_folded_bytes)
                 merge_views(model)
             if level is Level.FULL:
+                write_hard_sigmoids(model)
                 opset = model.opset_imports.get("", 0)
                 RewritePass(_RULES_14 if opset >= 14 else _RULES)(model)
             # Equal constants have to be one before equal nodes can be seen.

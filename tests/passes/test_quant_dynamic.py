@@ -22,6 +22,7 @@ from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.quant import QuantOptions, QuantPass, dynamic, dynamic_rules
 from onnxcompress.passes.quant.budget import Budget
 from onnxcompress.passes.quant.build import Builder
+from onnxcompress.passes.quant.by_clock import ByClock
 from onnxcompress.passes.quant.constant_chains import fold_weight_chains
 from onnxcompress.passes.quant.dynamic_rules import RULES, Form, forms_of
 from onnxcompress.passes.quant.dynamic_write import block_length, write_forms
@@ -463,6 +464,35 @@ def test_nothing_slower_than_float_is_shipped(
     assert bool(report.figures["dynamic_nodes"]) is faster
     assert ("LSTM" in ops(model)) is not faster
     assert int(report.figures["stored_nodes"]) == (0 if faster else 2)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_convolutions_are_stored_where_none_runs_on_integers(
+    slow: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clock by which integers do not pay, or do: the first Conv is too small to store."""
+    if slow:
+        monkeypatch.setattr(ByClock, "not_slower", lambda *_: None)
+    else:
+        monkeypatch.setattr(ByClock, "not_slower", lambda _, mixed: mixed)
+    monkeypatch.setattr(Judge, "times", lambda _, models: [1.0] * len(models))
+    monkeypatch.setattr(dynamic, "detect_target", lambda: target_by_name("x86-vnni"))
+    b = ModelBuilder("slow")
+    value = b.conv(b.input("x", [1, 3, 6, 6]), 3, 16)
+    for _ in range(2):
+        value = b.conv(b.op("Relu", value), 16, 16)
+    b.output(value)
+    model = normalized(b.build())
+    data = synthetic_dataset(model, samples=8, seed=0)
+    feeds = data.first()
+    expected = run_model(model, feeds)
+    report = quantized(model, tmp_path, data, search_seconds="0.01")
+    assert int(report.figures.get("stored_nodes", 0)) == (2 if slow else 0)
+    stored = [c.node for c in report.changes if c.what == Form.STORED.value]
+    assert len(stored) == (2 if slow else 0)
+    for name, array in run_model(model, feeds).items():
+        error = np.linalg.norm(array.astype(np.float64) - expected[name].astype(np.float64))
+        assert 0 < error < 0.05 * np.linalg.norm(expected[name].astype(np.float64))
 
 
 @pytest.mark.parametrize(("least", "dynamic_nodes"), [(20.0, 2), (90.0, 0)])

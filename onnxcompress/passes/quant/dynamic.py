@@ -171,6 +171,7 @@ class _Run:
             model,
             lambda node: self._refuse(node) if node.name not in static.nodes else "it is static",
             convolutions=self._static is None,
+            stored=not static.nodes,
         )
         reasons = {name: why for name, why in reasons.items() if name not in static.nodes}
         if 0 < sum(item.elements for item in items) < _WORTH * _elements(model):

@@ -62,7 +62,11 @@ class Item:
 
 
 def find_items(
-    model: ir.Model, refuse: Callable[[ir.Node], str | None], *, convolutions: bool
+    model: ir.Model,
+    refuse: Callable[[ir.Node], str | None],
+    *,
+    convolutions: bool,
+    stored: bool = False,
 ) -> tuple[tuple[Item, ...], dict[str, str]]:
     """Nodes with a dynamic form, and the reason for each other node that might have had one.
 
@@ -71,6 +75,7 @@ def find_items(
         refuse: Gives a reason to leave a node alone, or None.
         convolutions: Whether to take a Conv of the main graph that is no product. Its integer
             kernel seldom pays, and static quantization has had its turn.
+        stored: Whether such a Conv, where it is not taken, can have its weights stored.
     """
     items, reasons = [], {}
     opset = model.opset_imports.get("", 0)
@@ -84,8 +89,10 @@ def find_items(
             reasons[name] = found
             continue
         if Form.CONV in found and node.graph is model.graph and not convolutions:
-            reasons[name] = "a dynamic convolution is slower than one in float"
-            continue
+            found = tuple(form for form in found if form is Form.STORED and stored)
+            if not found:
+                reasons[name] = "a dynamic convolution is slower than one in float"
+                continue
         idle = Form.STORED if Form.STORED in found else None
         forms = tuple(form for form in found if form is not Form.STORED)
         items.append(Item(name, node.op_type, forms, idle, element_count(node), _rows(node)))

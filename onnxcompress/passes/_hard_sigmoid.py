@@ -37,8 +37,7 @@ class _Found:
 
     Attributes:
         x: What it is applied to.
-        shift: The Add before the Clip.
-        offset: The number k that it adds.
+        offset: The number k that is added before the Clip.
         clip: The Clip.
         top: Its upper bound c.
         product: The Mul with something else between Clip and division; None if there is none.
@@ -46,7 +45,6 @@ class _Found:
     """
 
     x: ir.Value
-    shift: ir.Node
     offset: float
     clip: ir.Node
     top: float
@@ -75,8 +73,10 @@ def write_hard_sigmoids(model: ir.Model) -> int:
 def _find(clip: ir.Node) -> _Found | None:
     """The HardSigmoid around a Clip."""
     top = _top(clip)
-    shift = None if top is None else clip.inputs[0].producer() if clip.inputs[0] else None
-    if top is None or shift is None or clip.outputs[0].dtype != ir.DataType.FLOAT:
+    if top is None or clip.inputs[0] is None or clip.outputs[0].dtype != ir.DataType.FLOAT:
+        return None
+    shift = clip.inputs[0].producer()
+    if shift is None:
         return None
     shifted = _shifted(shift)
     reader = _only_reader(clip)
@@ -84,13 +84,13 @@ def _find(clip: ir.Node) -> _Found | None:
         return None
     x, offset = shifted
     if _divides(reader, clip.outputs[0], top):
-        return _Found(x, shift, offset, clip, top, None, reader)
+        return _Found(x, offset, clip, top, None, reader)
     if reader.op_type != "Mul" or reader.domain not in _STANDARD:
         return None
     division = _only_reader(reader)
     if division is None or not _divides(division, reader.outputs[0], top):
         return None
-    return _Found(x, shift, offset, clip, top, reader, division)
+    return _Found(x, offset, clip, top, reader, division)
 
 
 def _top(node: ir.Node) -> float | None:

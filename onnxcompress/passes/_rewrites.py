@@ -22,6 +22,7 @@ from onnxcompress import model_io
 from onnxcompress.graph.canonical import canonicalize
 from onnxcompress.graph.constants import constant_of, constant_tensor
 from onnxcompress.passes._hard_sigmoid import write_hard_sigmoids
+from onnxcompress.passes._slices import split_inputs
 from onnxcompress.passes._subexpressions import drop_unused_constants, merge_equal_nodes
 from onnxcompress.passes._views import merge_views
 
@@ -102,6 +103,7 @@ def rewrite(model: ir.Model, level: Level, *, max_folded_bytes: int) -> None:
     try:
         if level is not Level.CLEAN:
             canonicalize(model)
+            split_inputs(model)
         for _ in range(_ROUNDS):
             before = _signature(model)
             _remove_identities(model)

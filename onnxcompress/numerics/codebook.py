@@ -46,6 +46,30 @@ _FITTED = 1 << 19
 """Weights that levels are fitted to at most; rows at even distances where there are more."""
 _DAMP = 0.01
 """Damping of ``H`` relative to its mean diagonal, as in error feedback."""
+_HALF_DIGITS = 2.0**-10
+"""Relative error up to which a number of half precision stands for another."""
+_SMALL_LEVEL = 2.0**-4
+"""Part of the largest level below which a level need not be any more exact."""
+
+
+# --- numbers of half precision -------------------------------------------------------------------
+
+
+def half_scales(scales: FloatArray) -> FloatArray:
+    """Scales in half precision; as they are where some are out of its range."""
+    return _halves(scales, np.abs(scales))
+
+
+def half_levels(levels: FloatArray) -> FloatArray:
+    """Levels in half precision; as they are where they are out of its range."""
+    size = np.abs(levels)
+    return _halves(levels, np.maximum(size, _SMALL_LEVEL * size.max(initial=0.0)))
+
+
+def _halves(values: FloatArray, size: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float16).astype(np.float64)
+    return near if np.all(np.abs(near - values) <= _HALF_DIGITS * size) else values
 
 
 # --- codebooks of matrices -----------------------------------------------------------------------
@@ -93,6 +117,7 @@ class Fitting:
         feedback: Whether codes are assigned with error feedback; otherwise the nearest level.
         rounds: How often codes, scales and levels are fitted in turns.
         snap: The levels that can be stored; all when None.
+        snap_scale: The scales that can be stored; all when None.
     """
 
     count: int
@@ -101,6 +126,7 @@ class Fitting:
     feedback: bool = True
     rounds: int = 3
     snap: Snap | None = None
+    snap_scale: Snap | None = None
 
 
 def fit(
@@ -162,6 +188,7 @@ def _fit_one(
     if not unscaled:
         spread = np.sqrt(np.mean(exact**2, axis=1))
         start = np.where(spread > 0, spread, 1.0)
+        start = start if fitting.snap_scale is None else fitting.snap_scale(start)
         fits.append(_fit_from(exact, moments, fitting, start, fixed=False))
     return min(fits, key=lambda coded: float(coded.error(exact, moments).sum()))
 
@@ -217,7 +244,7 @@ def _in_turns(
             current = descend(weight, with_feedback(weight, current, inputs, factors), inputs)
             steps.append(current)
         if not fixed:
-            current = refit_scale(weight, current, inputs)
+            current = refit_scale(weight, current, inputs, snap=fitting.snap_scale)
         current = refit_levels(weight, current, inputs, snap=fitting.snap)
         steps.append(current)
         if moments is None:
@@ -334,8 +361,17 @@ def _better(weight: FloatArray, start: Coded, codes: Codes, moments: InputMoment
     return dataclasses.replace(start, codes=np.where(wins[:, None], codes, start.codes))
 
 
-def refit_scale(weight: FloatArray, start: Coded, moments: InputMoments | None) -> Coded:
-    """The scales of least error for the codes: ``s_r = v_r H w_rᵀ / v_r H v_rᵀ``, ``v = c[q]``."""
+def refit_scale(
+    weight: FloatArray, start: Coded, moments: InputMoments | None, *, snap: Snap | None = None
+) -> Coded:
+    """The scales of least error for the codes: ``s_r = v_r H w_rᵀ / v_r H v_rᵀ``, ``v = c[q]``.
+
+    Args:
+        weight: ``W``, [R, D].
+        start: Codes, levels and scales of one codebook.
+        moments: ``H``; None for the identity.
+        snap: The scales that can be stored; all when None.
+    """
     if start.scale is None:
         return start
     values = start.levels[0].astype(np.float64)[start.codes]
@@ -344,6 +380,7 @@ def refit_scale(weight: FloatArray, start: Coded, moments: InputMoments | None) 
     match = np.einsum("rd,rd->r", product, weight)
     good = (power > 0) & (match > 0)
     scale = np.where(good, match / np.where(good, power, 1), start.scale)
+    scale = scale if snap is None else snap(scale)
     return dataclasses.replace(start, scale=scale.astype(np.float32))
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.graph.naming import Namer
-from onnxcompress.passes._foldable import Chain
+from onnxcompress.passes._foldable import CAST_BYTES, Chain, Common, halves_save
 from onnxcompress.passes._packing import NIBBLE_OPSET, Plane, bits_for, planes, stored_bytes
 from onnxcompress.passes.share.fit import Fitted, vector_length
 from onnxcompress.passes.share.options import Packing, ShareOptions
@@ -43,26 +43,27 @@ class Emitter:
         opset = model.opset_imports.get("") or 0
         self._nibbles = opset >= NIBBLE_OPSET
         self._whole_bytes = whole_bytes or opset < _DIVISION_OPSET
+        self._common: Common = {}
         self.names: list[str] = []
 
     def write(self, fitted: Fitted) -> None:
         """Put levels and codes in the place of a weight, whose data are dropped."""
         weight = fitted.weight
         layout = weight.layout
-        chain = Chain(self._namer, weight.value, weight.graph, "share")
+        chain = Chain(self._namer, weight.value, weight.graph, "share", self._common)
         codes, target = fitted.stored_codes()
         indices = self._indices(chain, codes, bits_for(fitted.level_count))
         first = fitted.first_levels()
         if first is not None:
             offset = chain.constant("offsets", first)
             indices = chain.add("Add", [indices, offset])
-        value = chain.add("Gather", [chain.constant("levels", fitted.stored_levels()), indices])
+        value = chain.add("Gather", [_levels(chain, fitted.stored_levels()), indices])
         if target is not None:
-            value = chain.add("Reshape", [value, chain.constant("shape", np.array(target))])
+            value = chain.add("Reshape", [value, chain.helper("shape", np.array(target))])
             if layout.back != tuple(range(len(layout.back))):
                 value = chain.add("Transpose", [value], perm=list(layout.back))
         if fitted.scale is not None:
-            scale = chain.constant("scale", fitted.scale.reshape(layout.per_row))
+            scale = chain.floats("scale", fitted.scale.reshape(layout.per_row))
             value = chain.add("Mul", [value, scale])
         chain.finish(value)
         self.names += [node.name or "" for node in chain.nodes]
@@ -73,7 +74,7 @@ class Emitter:
         for plane in planes(bits, whole_bytes=self._whole_bytes):
             part = self._plane(chain, codes, plane)
             if plane.shift:
-                factor = chain.constant(f"place{plane.shift}", np.array(1 << plane.shift, np.int32))
+                factor = chain.helper(f"place{plane.shift}", np.array(1 << plane.shift, np.int32))
                 part = chain.add("Mul", [part, factor])
             total = part if total is None else chain.add("Add", [total, part])
         if total is None:
@@ -87,6 +88,17 @@ class Emitter:
         if plane.width == 4 and self._nibbles:
             return chain.integers(chain.constant(role, plane.of(codes), ir.DataType.UINT4))
         return chain.unpacked(role, plane.packed(codes), plane.width, codes.shape)
+
+
+def _levels(chain: Chain, levels: Array) -> ir.Value:
+    if levels.dtype == np.float32:
+        return chain.floats("levels", levels.astype(np.float32))
+    return chain.constant("levels", levels)
+
+
+def float_bytes(elements: int) -> int:
+    """Bytes of a float32 constant that may be stored in half precision, its Cast included."""
+    return 2 * elements + CAST_BYTES if halves_save(elements) else 4 * elements
 
 
 def stored_size(weight: Weight, options: ShareOptions, bits: int) -> int:
@@ -104,8 +116,9 @@ def _size(weight: Weight, options: ShareOptions, bits: int, *, whole_bytes: bool
     length = vector_length(weight, options)
     data = stored_bytes(elements // length, bits, whole_bytes=whole_bytes)
     books = -(-rows // options.group) if options.group and length == 1 else 1
-    data += books * length * (1 if weight.scale is not None else 4) << bits
+    levels = books * length << bits
+    data += levels if weight.scale is not None else float_bytes(levels)
     scaled = options.scales and weight.scale is None and rows > 1
-    data += 4 * rows * (scaled + (books > 1))
+    data += float_bytes(rows) * scaled + 4 * rows * (books > 1)
     nodes = 2 * len(planes(bits, whole_bytes=whole_bytes)) + scaled + (books > 1)
     return data + nodes * _NODE_BYTES

@@ -18,6 +18,7 @@ from onnxcompress.numerics.feedback import InputMoments, output_error
 from onnxcompress.numerics.least_squares import approximated
 from onnxcompress.numerics.vector_codebook import VectorCoded
 from onnxcompress.passes._batches import batches_within
+from onnxcompress.passes._foldable import halves_save
 from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
@@ -217,8 +218,17 @@ def fit_one(
             matrix, moments, bits=bits, length=length, scales=options.scales
         )
     else:
-        snap = None if weight.scale is None else _integer_levels(weight)
-        fitting = Fitting(1 << bits, options.group, options.scales, feedback, rounds, snap)
+        fitting = Fitting(
+            count=1 << bits,
+            group=options.group,
+            scales=options.scales,
+            feedback=feedback,
+            rounds=rounds,
+            snap=_storable_levels(weight, 1 << bits, options),
+            snap_scale=codebook.half_scales
+            if halves_save(weight.layout.row_count)
+            else None,
+        )
         coded = codebook.fit(matrix, moments, fitting, scale=weight.scale)
     exact = matrix.astype(np.float64)
     noise = float(coded.error(exact, moments).sum())
@@ -239,6 +249,14 @@ def code_bits(weight: Weight, options: ShareOptions) -> int:
     if options.codebook is Codebook.VECTOR and vector_length(weight, options) == 1:
         return max(options.bits // options.vector, 2)
     return options.bits
+
+
+def _storable_levels(weight: Weight, count: int, options: ShareOptions) -> codebook.Snap | None:
+    """How levels are stored if not as they are."""
+    if weight.scale is not None:
+        return _integer_levels(weight)
+    books = -(-weight.layout.row_count // options.group) if options.group else 1
+    return codebook.half_levels if halves_save(books * count) else None
 
 
 def _integer_levels(weight: Weight) -> codebook.Snap:

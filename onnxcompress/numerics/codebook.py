@@ -46,30 +46,6 @@ _FITTED = 1 << 19
 """Weights that levels are fitted to at most; rows at even distances where there are more."""
 _DAMP = 0.01
 """Damping of ``H`` relative to its mean diagonal, as in error feedback."""
-_HALF_DIGITS = 2.0**-10
-"""Relative error up to which a number of half precision stands for another."""
-_SMALL_LEVEL = 2.0**-4
-"""Part of the largest level below which a level need not be any more exact."""
-
-
-# --- numbers of half precision -------------------------------------------------------------------
-
-
-def half_scales(scales: FloatArray) -> FloatArray:
-    """Scales in half precision; as they are where some are out of its range."""
-    return _halves(scales, np.abs(scales))
-
-
-def half_levels(levels: FloatArray) -> FloatArray:
-    """Levels in half precision; as they are where they are out of its range."""
-    size = np.abs(levels)
-    return _halves(levels, np.maximum(size, _SMALL_LEVEL * size.max(initial=0.0)))
-
-
-def _halves(values: FloatArray, size: FloatArray) -> FloatArray:
-    with np.errstate(over="ignore"):
-        near = values.astype(np.float16).astype(np.float64)
-    return near if np.all(np.abs(near - values) <= _HALF_DIGITS * size) else values
 
 
 # --- codebooks of matrices -----------------------------------------------------------------------
@@ -208,7 +184,7 @@ def _fit_from(
     importance = factors[:, None] ** 2 * variance
     levels = optimal_levels(relative.ravel(), importance.ravel(), fitting.count)
     levels = levels if fitting.snap is None else fitting.snap(levels)
-    inputs = None if moments is None else moments.damped(_DAMP)
+    inputs = None if moments is None else damped(moments)
     best = _nearest(weight, levels, scale)
     best = _in_turns(weight, best, inputs, fitting, None, fixed=fixed)
     if fitting.feedback and moments is not None:
@@ -272,6 +248,11 @@ def _scale_of(coded: Coded) -> FloatArray:
     if coded.scale is None:
         return np.ones(len(coded.codes))
     return coded.scale.astype(np.float64)
+
+
+def damped(moments: InputMoments) -> InputMoments:
+    """``H`` with the damping that :func:`factored` has."""
+    return moments.damped(_DAMP)
 
 
 def factored(moments: InputMoments) -> list[tuple[slice, Factor]]:

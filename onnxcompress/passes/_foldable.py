@@ -28,6 +28,11 @@ def halves_save(elements: int) -> bool:
     return 2 * elements > CAST_BYTES
 
 
+def float_bytes(elements: int) -> int:
+    """Bytes of a float32 constant that may be stored in half precision, its Cast included."""
+    return 2 * elements + CAST_BYTES if halves_save(elements) else 4 * elements
+
+
 class Chain:
     """Nodes at the start of a graph that compute one weight from constants.
 

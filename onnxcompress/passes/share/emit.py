@@ -2,6 +2,9 @@
 
     indices = Cast(codes)  [ or planes of bits put together, see packing ]  [ + first level of row ]
     weight  = Gather(levels, indices) [ reshaped ] [ * scale of row ]
+    weight  = Cast(codes) * scale of row               where levels are the integers themselves
+
+Scales and larger tables of levels lie in half precision behind a Cast where they were fitted so.
 
 All of it depends on constants alone, so that constant folding leaves a plain initializer of the
 type that the weight had.
@@ -16,9 +19,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.graph.naming import Namer
-from onnxcompress.passes._foldable import CAST_BYTES, Chain, Common, halves_save
+from onnxcompress.numerics.even_codes import MIDDLE
+from onnxcompress.passes._foldable import Chain, Common, float_bytes
 from onnxcompress.passes._packing import NIBBLE_OPSET, Plane, bits_for, planes, stored_bytes
-from onnxcompress.passes.share.fit import Fitted, vector_length
+from onnxcompress.passes.share.fit import Fitted, even, vector_length
 from onnxcompress.passes.share.options import Packing, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
@@ -51,6 +55,9 @@ class Emitter:
         weight = fitted.weight
         layout = weight.layout
         chain = Chain(self._namer, weight.value, weight.graph, "share", self._common)
+        if fitted.even:
+            self._even(chain, fitted)
+            return
         codes, target = fitted.stored_codes()
         indices = self._indices(chain, codes, bits_for(fitted.level_count))
         first = fitted.first_levels()
@@ -62,8 +69,19 @@ class Emitter:
             value = chain.add("Reshape", [value, chain.helper("shape", np.array(target))])
             if layout.back != tuple(range(len(layout.back))):
                 value = chain.add("Transpose", [value], perm=list(layout.back))
+        self._scaled(chain, fitted, value)
+
+    def _even(self, chain: Chain, fitted: Fitted) -> None:
+        """Integers times the scale of their row."""
+        codes, _ = fitted.stored_codes()
+        integers = (codes.astype(np.int16) - MIDDLE).astype(np.int8)
+        value = chain.add("Cast", [chain.constant("codes", integers)], to=int(ir.DataType.FLOAT))
+        self._scaled(chain, fitted, value)
+
+    def _scaled(self, chain: Chain, fitted: Fitted, value: ir.Value) -> None:
+        """The last step of a chain."""
         if fitted.scale is not None:
-            scale = chain.floats("scale", fitted.scale.reshape(layout.per_row))
+            scale = chain.floats("scale", fitted.scale.reshape(fitted.weight.layout.per_row))
             value = chain.add("Mul", [value, scale])
         chain.finish(value)
         self.names += [node.name or "" for node in chain.nodes]
@@ -96,11 +114,6 @@ def _levels(chain: Chain, levels: Array) -> ir.Value:
     return chain.constant("levels", levels)
 
 
-def float_bytes(elements: int) -> int:
-    """Bytes of a float32 constant that may be stored in half precision, its Cast included."""
-    return 2 * elements + CAST_BYTES if halves_save(elements) else 4 * elements
-
-
 def stored_size(weight: Weight, options: ShareOptions, bits: int) -> int:
     """About how many bytes of a file a codebook takes: codes, levels, scales, nodes, names."""
     return _size(weight, options, bits, whole_bytes=options.packing is Packing.BYTES)
@@ -117,7 +130,10 @@ def _size(weight: Weight, options: ShareOptions, bits: int, *, whole_bytes: bool
     data = stored_bytes(elements // length, bits, whole_bytes=whole_bytes)
     books = -(-rows // options.group) if options.group and length == 1 else 1
     levels = books * length << bits
-    data += levels if weight.scale is not None else float_bytes(levels)
+    if weight.scale is not None:
+        data += levels
+    elif not even(weight, options, bits):
+        data += float_bytes(levels)
     scaled = options.scales and weight.scale is None and rows > 1
     data += float_bytes(rows) * scaled + 4 * rows * (books > 1)
     nodes = 2 * len(planes(bits, whole_bytes=whole_bytes)) + scaled + (books > 1)

@@ -14,11 +14,14 @@ from onnxcompress.calibration.statistics import MomentsRequest, Statistics
 from onnxcompress.context import PassContext
 from onnxcompress.numerics import codebook, vector_codebook
 from onnxcompress.numerics.codebook import Coded, Fitting
+from onnxcompress.numerics.even_codes import fit_even, is_even
 from onnxcompress.numerics.feedback import InputMoments, output_error
+from onnxcompress.numerics.halves import half_levels, half_scales
+from onnxcompress.numerics.kmeans import may_repeat
 from onnxcompress.numerics.least_squares import approximated
 from onnxcompress.numerics.vector_codebook import VectorCoded
 from onnxcompress.passes._batches import batches_within
-from onnxcompress.passes._foldable import halves_save
+from onnxcompress.passes._foldable import float_bytes, halves_save
 from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
@@ -29,6 +32,7 @@ Float64 = npt.NDArray[np.float64]
 
 _BATCH_BYTES = 512 * 2**20
 """Second moments collected in one pass over the data."""
+MOST_BITS = 8
 ROUNDS = 3
 """How often codes, scales and levels are fitted in turns."""
 
@@ -55,7 +59,16 @@ class Fitted:
     @property
     def level_count(self) -> int:
         """How many values a code tells apart."""
-        return len(self.coded.table) if isinstance(self.coded, VectorCoded) else self._used()
+        if isinstance(self.coded, VectorCoded):
+            return len(self.coded.table)
+        return self.coded.levels.shape[1] if self.even else self._used()
+
+    @property
+    def even(self) -> bool:
+        """Whether the codes are the numbers themselves, so that no levels need be stored."""
+        if isinstance(self.coded, VectorCoded) or self.weight.scale is not None:
+            return False
+        return is_even(self.coded)
 
     def _used(self) -> int:
         return int(self.coded.codes.max(initial=0)) + 1
@@ -217,17 +230,13 @@ def fit_one(
         coded = vector_codebook.fit(
             matrix, moments, bits=bits, length=length, scales=options.scales
         )
+    elif even(weight, options, bits) and not may_repeat(matrix, 1 << bits):
+        coded = fit_even(matrix, moments, rounds=rounds, snap=_storable_scales(weight))
     else:
+        levels = _storable_levels(weight, 1 << bits, options)
+        scales = _storable_scales(weight)
         fitting = Fitting(
-            count=1 << bits,
-            group=options.group,
-            scales=options.scales,
-            feedback=feedback,
-            rounds=rounds,
-            snap=_storable_levels(weight, 1 << bits, options),
-            snap_scale=codebook.half_scales
-            if halves_save(weight.layout.row_count)
-            else None,
+            1 << bits, options.group, options.scales, feedback, rounds, levels, scales
         )
         coded = codebook.fit(matrix, moments, fitting, scale=weight.scale)
     exact = matrix.astype(np.float64)
@@ -245,10 +254,29 @@ def vector_length(weight: Weight, options: ShareOptions) -> int:
 
 
 def code_bits(weight: Weight, options: ShareOptions) -> int:
-    """Bits of a code; where vectors do not fit, single weights get their part of a vector's."""
+    """Bits of a code where all weights have the same.
+
+    Where vectors do not fit, single weights get their part of a vector's. Weights of which few make
+    an output get all there are.
+    """
     if options.codebook is Codebook.VECTOR and vector_length(weight, options) == 1:
         return max(options.bits // options.vector, 2)
-    return options.bits
+    return MOST_BITS if weight.few else options.bits
+
+
+def even(weight: Weight, options: ShareOptions, bits: int) -> bool:
+    """Whether a table would take more bytes than one bit of each code.
+
+    Integers, which need none, have an error of less than a bit more.
+    """
+    plain = options.codebook is Codebook.SCALAR and options.scales and not options.group
+    whole = plain and weight.scale is None and bits == MOST_BITS and weight.layout.row_count > 1
+    return whole and float_bytes(1 << bits) > weight.elements / 8
+
+
+def _storable_scales(weight: Weight) -> codebook.Snap | None:
+    """How scales are stored if not as they are."""
+    return half_scales if halves_save(weight.layout.row_count) else None
 
 
 def _storable_levels(weight: Weight, count: int, options: ShareOptions) -> codebook.Snap | None:
@@ -256,7 +284,7 @@ def _storable_levels(weight: Weight, count: int, options: ShareOptions) -> codeb
     if weight.scale is not None:
         return _integer_levels(weight)
     books = -(-weight.layout.row_count // options.group) if options.group else 1
-    return codebook.half_levels if halves_save(books * count) else None
+    return half_levels if halves_save(books * count) else None
 
 
 def _integer_levels(weight: Weight) -> codebook.Snap:

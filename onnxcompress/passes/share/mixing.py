@@ -30,7 +30,7 @@ from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.samples import judging_samples, split
 from onnxcompress.passes.prune.suffix import SuffixProbe
 from onnxcompress.passes.share.emit import code_bytes
-from onnxcompress.passes.share.fit import Fitted, fit_all
+from onnxcompress.passes.share.fit import MOST_BITS, Fitted, fit_all
 from onnxcompress.passes.share.options import Assign, Codebook, Packing, ShareOptions
 from onnxcompress.passes.share.select import Weight
 
@@ -38,7 +38,6 @@ MEASURED = 32
 """Samples for the measured errors, whose order of size matters, not their digits."""
 _FEWER = 1
 """Bits that a weight may give up at most."""
-_MOST = 8
 _ENOUGH = 1e-5
 """Expected error of the outputs (50 dB) below which no bytes are spent beyond those asked for; more
 where passes before have lost more (:mod:`onnxcompress.passes.prune.lost`)."""
@@ -54,7 +53,6 @@ def mixes(options: ShareOptions, ctx: PassContext) -> bool:
     """Whether weights may get different numbers of bits; in whole bytes they would save nothing."""
     return (
         options.mixed
-        and options.packing is Packing.BITS
         and options.codebook is Codebook.SCALAR
         and options.assign is Assign.FEEDBACK
         and ctx.calibration is not None
@@ -117,7 +115,8 @@ def chosen_bits(
 
     equal = {c.group: next(n for n, b in p.items() if b == options.bits) for c, p in curves}
     plan: dict[int, int] = equal
-    for extra in np.linspace(0.0, options.margin, _BUDGETS if options.margin else 1):
+    margin = options.margin if options.packing is Packing.BITS else 0.0
+    for extra in np.linspace(0.0, margin, _BUDGETS if margin else 1):
         kept = (1 + float(extra)) * asked / max(whole, 1) + 1e-12
         plan = allocate([curve for curve, _ in curves], left, kept, exchange=True)
         plan = min(plan, equal, key=lose)  # whole steps can come out worse than no step
@@ -142,8 +141,9 @@ def measured_errors(
     ctx = dataclasses.replace(ctx, calibration=fitting)
     whole = OutputProbe(model, judging, ctx, samples)
     order = places_of(model, weights)
+    bits = {w.name: options.bits for w in weights}
     drafts = sorted(
-        fit_all(model, weights, options, ctx, frozenset(layers), rounds=_ROUNDS),
+        fit_all(model, weights, options, ctx, frozenset(layers), bits=bits, rounds=_ROUNDS),
         key=lambda one: order[one.weight.name],
     )
     inner = {i: one.weight.name for i, one in enumerate(drafts) if one.weight.graph is model.graph}
@@ -185,10 +185,10 @@ def _range(error: float, options: ShareOptions) -> range:
     """Bits to choose from; where no error is seen (exact, or never run) nothing is known."""
     if error <= 0:
         return range(options.bits, options.bits + 1)
-    return range(max(options.bits - _FEWER, 2), _MOST + 1)
+    return range(max(options.bits - _FEWER, 2), MOST_BITS + 1)
 
 
 def _growth(weight: Weight, bits: int, options: ShareOptions) -> float:
-    if weight.scale is not None and bits == _MOST:
+    if weight.scale is not None and bits == MOST_BITS:
         return 0.0  # the integers are stored as they are
     return float(4.0 ** (options.bits - bits))

@@ -93,7 +93,7 @@ class ShareOptions(PassOptions):
         True, "refit biases: they take up the mean error of each layer (with assign=feedback)"
     )
     steps: int = option(
-        8,
+        16,
         "fit layers in this many steps, each to make up for what those before it lost (layers with "
         "a bias, with bias=true); 1: all at once",
         minimum=1,
@@ -102,6 +102,11 @@ class ShareOptions(PassOptions):
         Packing.BITS,
         "bits: codes packed into bytes; bytes: one byte per code, loads faster (and all weights "
         "have codes of as many bits, since fewer would save nothing)",
+    )
+    halves: bool = option(
+        True,
+        "store biases, factors and small weights in half precision where the bytes are worth more "
+        "than what that loses",
     )
     min_elements: int = option(512, "leave smaller tensors as they are", minimum=1)
     include: tuple[str, ...] = option(

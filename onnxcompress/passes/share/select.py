@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnxcompress.passes._layout import Layout
 from onnxcompress.passes._weights import Chosen, choose_weights, matrix_layout
 from onnxcompress.passes.base import Skip
 from onnxcompress.passes.share.integers import read_integers
-from onnxcompress.passes.share.options import ShareOptions
+from onnxcompress.passes.share.options import Assign, Codebook, ShareOptions
 
 Float32 = npt.NDArray[np.float32]
 
@@ -39,6 +40,7 @@ class Weight:
         requests: What to measure of its inputs; none if they cannot be measured.
         scale: Of integers, their scale per row, [R]; None for floats.
         zero: Of integers, their zero point.
+        few: Whether an output is made of so few of its weights that errors do not average out.
     """
 
     value: ir.Value
@@ -47,6 +49,7 @@ class Weight:
     requests: tuple[MomentsRequest, ...]
     scale: Float32 | None = None
     zero: int = 0
+    few: bool = False
 
     @property
     def name(self) -> str:
@@ -91,27 +94,30 @@ def select(model: ir.Model, options: ShareOptions) -> Selection:
         min_elements=options.min_elements,
         dtypes=(ir.DataType.FLOAT, *_INTEGERS),
     )
-    return chosen if options.include else _worth_it(chosen)
+    return chosen if options.include else _worth_it(chosen, options)
 
 
-def _worth_it(chosen: Selection) -> Selection:
-    """Leave out small weights of which few make an output: filters of depthwise convolutions.
+def _worth_it(chosen: Selection, options: ShareOptions) -> Selection:
+    """Look after small weights of which few make an output: filters of depthwise convolutions.
 
     Each output is a sum over ``D`` weights; with ``D`` this small the errors of their codes do not
-    average out, and there is little to save.
+    average out. They are left out where no data tell how to make up for that.
     """
     total = sum(weight.elements for weight in chosen.weights)
+    fed = options.assign is Assign.FEEDBACK and options.codebook is Codebook.SCALAR
     kept, skips = [], list(chosen.skips)
     for weight in chosen.weights:
         few = weight.layout.columns < _FEW_INPUTS
         if not few or weight.elements >= _SMALL_PART * total:
             kept.append(weight)
-            continue
-        reason = (
-            f"each output is made of {weight.layout.columns} of its weights alone, and it is "
-            f"{weight.elements / total:.1%} of all (name it in share.include to share it)"
-        )
-        skips.append(Skip(weight.name, "", reason))
+        elif fed and weight.scale is None and weight.requests:
+            kept.append(dataclasses.replace(weight, few=True))
+        else:
+            reason = (
+                f"each output is made of {weight.layout.columns} of its weights alone, and it is "
+                f"{weight.elements / total:.1%} of all (name it in share.include to share it)"
+            )
+            skips.append(Skip(weight.name, "", reason))
     return Selection(tuple(kept), tuple(skips))
 
 

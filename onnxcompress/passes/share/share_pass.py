@@ -20,6 +20,7 @@ from onnxcompress.passes.share.duplicates import Merged, merge_duplicates
 from onnxcompress.passes.share.emit import Emitter, stored_size
 from onnxcompress.passes.share.filters import MergedFilters, merge_filters
 from onnxcompress.passes.share.fit import Fitted, code_bits, fit_all
+from onnxcompress.passes.share.halves import affordable, rest_of, store
 from onnxcompress.passes.share.mixing import MEASURED, mixed_bits, mixes
 from onnxcompress.passes.share.options import Assign, Codebook, Merge, Packing, ShareOptions
 from onnxcompress.passes.share.select import Selection, Weight, select
@@ -93,14 +94,20 @@ class SharePass:
                 notes += judging_note("Errors of codes", samples, MEASURED)
             bits = mixed_bits(model, selection.weights, layers, self.options, ctx)
             selection = _coded(selection, bits)
+        original = model.clone()
         fitted = self._fitted(model, selection, layers, bits, ctx)
+        rest = rest_of(model, self.options, fitted) if self.options.halves else ()
         whole_bytes = self.options.packing is Packing.BYTES
         emitter = Emitter(model, whole_bytes=whole_bytes)
         for one in fitted:
             emitter.write(one)
-        notes += _folded(model, emitter.names, ctx)
+        changes, names = _changes(fitted, self.options), emitter.names
+        rest = affordable(model, original, rest, fitted, self.options, ctx)
+        halved, added = store(model, rest)
+        changes, names = [*changes, *halved], [*names, *added]
+        notes += _folded(model, names, ctx)
         return PassReport(
-            changes=(*filters.changes, *merged.changes, *_changes(fitted, self.options)),
+            changes=(*filters.changes, *merged.changes, *changes),
             skips=(*filters.skips, *selection.skips),
             figures={
                 **({} if self.options.filters is None else {"filters_merged": filters.count}),

@@ -181,7 +181,8 @@ def test_a_plan_changes_nothing() -> None:
     plan = SharePass(options()).plan(model, context(HERE))
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
     report = share(model, options())
-    assert {c.node for c in plan.changes} == {c.node for c in report.changes}
+    coded = {c.node for c in report.changes if "half precision" not in c.what}  # decided in the run
+    assert {c.node for c in plan.changes} == coded
     assert plan.skips == report.skips
 
 
@@ -431,14 +432,15 @@ def test_integers_in_blocks() -> None:
     assert "Gather" not in {node.op_type for node in executed.graph}
 
 
-def test_filters_of_depthwise_convolutions_are_left_unless_named() -> None:
+def test_without_data_filters_of_depthwise_convolutions_are_left_unless_named() -> None:
     b = ModelBuilder("separable")
     x = b.conv(b.input("x", [1, 64, 8, 8]), 64, 64, groups=64)
     b.output(b.conv(x, 64, 512, 1))
     model = b.build()
     model_io.normalize(model)
     depthwise, pointwise = (n for n in model.graph if n.op_type == "Conv")
-    plan = SharePass(ShareOptions(min_elements=256)).plan(model, context(HERE))
+    how = ShareOptions(min_elements=256, assign=Assign.NEAREST)
+    plan = SharePass(how).plan(model, context(HERE))
     (skip,) = (s for s in plan.skips if "each output is made of 9" in s.reason)
     assert depthwise.inputs[1] is not None
     assert skip.node == depthwise.inputs[1].name

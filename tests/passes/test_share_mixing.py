@@ -98,6 +98,15 @@ def test_nothing_is_spent_where_errors_are_small() -> None:
     assert sum(code_bytes(w, options, found[w.name]) for w in WEIGHTS) <= asked
 
 
+def test_whole_bytes_are_mixed_without_a_margin() -> None:
+    errors = {w.name: 1e-2 * 4.0**number for number, w in enumerate(WEIGHTS)}
+    options = ShareOptions(bits=5, margin=0.5, packing=Packing.BYTES)
+    found = chosen_bits(WEIGHTS, errors, options)
+    assert len(set(found.values())) > 1
+    asked = sum(code_bytes(w, options, 5) for w in WEIGHTS)
+    assert sum(code_bytes(w, options, found[w.name]) for w in WEIGHTS) <= asked
+
+
 def test_less_is_spent_the_more_is_lost_already() -> None:
     errors = {w.name: 1e-2 for w in WEIGHTS}
     options = ShareOptions(bits=4, margin=0.5)
@@ -161,7 +170,6 @@ def test_integers_that_hurt_most_keep_their_bits(tmp_path: Path) -> None:
         ShareOptions(mixed=False),
         ShareOptions(assign=Assign.NEAREST),
         ShareOptions(codebook=Codebook.VECTOR),
-        ShareOptions(packing=Packing.BYTES),
     ],
 )
 def test_when_all_weights_have_the_same_bits(options: ShareOptions, tmp_path: Path) -> None:

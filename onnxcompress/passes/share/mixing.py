@@ -8,6 +8,7 @@ is measured. A bit more or less means a quarter or four times of it, so that wei
 
 and :func:`onnxcompress.numerics.allocation.allocate` finds the bits of least ``Σ loss_i`` that take
 no more bytes together than ``b`` bits each, or, while ``Σ loss_i`` is large, up to ``margin`` more.
+Codes in whole bytes are counted as they are in an archive, by their bits, and get no margin.
 
 Source: Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers".
 """
@@ -50,7 +51,7 @@ _ROUNDS = 1
 
 
 def mixes(options: ShareOptions, ctx: PassContext) -> bool:
-    """Whether weights may get different numbers of bits; in whole bytes they would save nothing."""
+    """Whether weights may get different numbers of bits."""
     return (
         options.mixed
         and options.codebook is Codebook.SCALAR

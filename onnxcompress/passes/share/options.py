@@ -53,12 +53,12 @@ class ShareOptions(PassOptions):
     mixed: bool = option(
         True,
         "give weights whose errors hurt the model's outputs most more bits, and others one bit "
-        "less; false: all have the same (codebook=scalar with assign=feedback and packing=bits)",
+        "less; false: all have the same (codebook=scalar with assign=feedback)",
     )
     margin: float = option(
         0.15,
         "bytes that codes may take beyond those of 'bits', as a fraction, while the outputs are "
-        "expected to have less than 50 dB (with mixed=true)",
+        "expected to have less than 50 dB (with mixed=true and packing=bits)",
         minimum=0.0,
         maximum=1.0,
     )
@@ -93,15 +93,15 @@ class ShareOptions(PassOptions):
         True, "refit biases: they take up the mean error of each layer (with assign=feedback)"
     )
     steps: int = option(
-        16,
+        24,
         "fit layers in this many steps, each to make up for what those before it lost (layers with "
         "a bias, with bias=true); 1: all at once",
         minimum=1,
     )
     packing: Packing = option(
         Packing.BITS,
-        "bits: codes packed into bytes; bytes: one byte per code, loads faster (and all weights "
-        "have codes of as many bits, since fewer would save nothing)",
+        "bits: codes packed into bytes; bytes: one byte per code, loads faster (bits are then those "
+        "that a code takes in an archive)",
     )
     halves: bool = option(
         True,

@@ -100,8 +100,8 @@ class ShareOptions(PassOptions):
     )
     packing: Packing = option(
         Packing.BITS,
-        "bits: codes packed into bytes; bytes: one byte per code, loads faster (bits are then those "
-        "that a code takes in an archive)",
+        "bits: codes packed into bytes; bytes: one byte per code, loads faster (bits are then "
+        "those that it takes in an archive)",
     )
     halves: bool = option(
         True,

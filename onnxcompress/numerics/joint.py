@@ -22,8 +22,10 @@ and Newton).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +35,7 @@ from onnxcompress.numerics.least_squares import Moments, damping, regress
 from onnxcompress.numerics.scalar_function import ScalarFunction
 
 Floats = npt.NDArray[np.float32]
-Array = npt.NDArray[np.float64]
+T = TypeVar("T")
 
 TURNS = 3
 """Most turns; each fits both layers once."""
@@ -43,6 +45,8 @@ _DAMPING = 0.1
 """``λ`` relative to the mean curvature: so far outputs are nearly linear in the weights."""
 RIDGE = 1e-2
 """Of the second layer if none is known, and of ``A`` and ``B``."""
+_ROWS_PER_INPUT = 20
+"""Rows for ``B``, for each of the inputs."""
 _SHRINKS = (1.0, 0.5, 0.25)
 """Parts of a step to try."""
 _LEAST_GAIN = 5e-3
@@ -105,7 +109,7 @@ class _Pass:
     """One run through both layers.
 
     Attributes:
-        slopes: ``f'``, 0 for padding, [k, T, H].
+        slopes: ``f'``, 0 for padding, [k T, H].
         hidden: ``f``, likewise, [k, T · H].
         missing: What the outputs should be more, [k, O].
         open: 1 where the outputs can change what is missing, else 0, [k, O].
@@ -116,37 +120,50 @@ class _Pass:
     missing: Floats
     open: Floats
 
+    @property
+    def energy(self) -> float:
+        """``Σ‖missing‖²``."""
+        return float(np.sum(self.missing.astype(np.float64) ** 2))
+
+
+Each: TypeAlias = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
+"""As :func:`map`: what is done to each part of the rows, perhaps side by side."""
+
 
 def jointly(
-    fit: Rows,
-    held: Rows,
+    fit: Sequence[Rows],
+    held: Sequence[Rows],
     layers: Layers,
     hidden: ScalarFunction,
     outer: Bounds,
     *,
     ridge: float = RIDGE,
     turns: int = TURNS,
+    each: Each = map,
 ) -> Fitted:
     """Fit both layers; never worse than the given weights on the rows held out.
 
     Args:
-        fit: Rows to fit to.
-        held: Rows to judge by.
+        fit: Rows to fit to, in parts.
+        held: Rows to judge by, in parts.
         layers: The weights to begin with.
         hidden: The activation between them.
         outer: What the activation behind them clips to.
         ridge: Pull of the second layer towards its weights, relative to the mean variance of its
             inputs.
         turns: Most turns.
+        each: Runs over parts; in threads, say.
     """
+    own, others = (_Parts(parts, hidden, outer, each) for parts in (fit, held))
     best = layers
-    before = least = _error(held, layers, hidden, outer)
+    before = least = others.error(layers)
+    whitening = _whitening(fit)
     for _ in range(turns):
         start = least
         for step in (_first, _second):
             # A layer that gains nothing on rows held out stays, and the other goes on from there.
-            tried = step(fit, best, hidden, outer, ridge)
-            error = _error(held, tried, hidden, outer)
+            tried = step(own, best, whitening, ridge)
+            error = others.error(tried)
             if error < least:
                 best, least = tried, error
         if not least < (1.0 - _LEAST_GAIN) * start:
@@ -156,81 +173,131 @@ def jointly(
     return Fitted(best, before, least)
 
 
-def _run(rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds) -> _Pass:
-    count, taps, width = rows.x.shape
-    z = rows.x.reshape(-1, width) @ layers.first.T + layers.first_bias
-    inside = rows.inside.reshape(-1, 1).astype(np.float32)
-    slopes = hidden.slope(z) * inside
-    values = (hidden.value(z) * inside).reshape(count, -1)
-    now = np.asarray(values @ layers.second.T + layers.second_bias, np.float32)
-    if rows.shortcut is not None:
-        now = now + rows.shortcut
-    missing = np.asarray(clipped_target(rows.target, now, outer) - now, np.float32)
-    open_ = np.maximum(outer.slope(rows.target), outer.slope(now))
-    return _Pass(slopes.reshape(count, taps, -1), values, missing, open_)
+class _Parts:
+    """Rows in parts, and the activations.
+
+    Args:
+        parts: The rows.
+        hidden: The activation between the layers.
+        outer: What the activation behind them clips to.
+        each: Runs over parts.
+    """
+
+    def __init__(
+        self, parts: Sequence[Rows], hidden: ScalarFunction, outer: Bounds, each: Each
+    ) -> None:
+        self.parts, self._hidden, self._outer, self._each = parts, hidden, outer, each
+        self._energy = sum(
+            float(np.sum(outer.value(p.target).astype(np.float64) ** 2)) for p in parts
+        )
+
+    def each(self, function: Callable[[int], T]) -> list[T]:
+        """What ``function`` gives for the number of each part, in order."""
+        return list(self._each(function, range(len(self.parts))))
+
+    def error(self, layers: Layers) -> float:
+        """``Σ‖f(y₀) - f(y)‖² / Σ‖f(y₀)‖²``, from above as in :mod:`numerics.clipping`."""
+        left = sum(self.each(lambda number: self.run(number, layers).energy))
+        return left / max(self._energy, 1e-30)
+
+    def run(self, number: int, layers: Layers) -> _Pass:
+        """One part through both layers."""
+        rows = self.parts[number]
+        count, _, width = rows.x.shape
+        z = rows.x.reshape(-1, width) @ layers.first.T + layers.first_bias
+        inside = rows.inside.reshape(-1, 1).astype(np.float32)
+        slopes = self._hidden.slope(z) * inside
+        values = (self._hidden.value(z) * inside).reshape(count, -1)
+        now = np.asarray(values @ layers.second.T + layers.second_bias, np.float32)
+        if rows.shortcut is not None:
+            now = now + rows.shortcut
+        missing = np.asarray(clipped_target(rows.target, now, self._outer) - now, np.float32)
+        open_ = np.maximum(self._outer.slope(rows.target), self._outer.slope(now))
+        return _Pass(slopes, values, missing, open_)
 
 
-def _error(rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds) -> float:
-    """``Σ‖f(y₀) - f(y)‖² / Σ‖f(y₀)‖²``, bounded from above as in :mod:`numerics.clipping`."""
-    missing = _run(rows, layers, hidden, outer).missing
-    energy = float(np.sum(outer.value(rows.target).astype(np.float64) ** 2))
-    return float(np.sum(missing.astype(np.float64) ** 2)) / max(energy, 1e-30)
+@dataclass(frozen=True, slots=True)
+class _Whitening:
+    """``B⁻¹``, [D, D], and the mean diagonal of ``B``."""
+
+    inverse: Floats
+    variance: float
 
 
-def _first(
-    rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds, ridge: float
-) -> Layers:
-    """One step of the first layer; it has a damping of its own."""
+def _whitening(parts: Sequence[Rows]) -> _Whitening:
+    """Of some of the rows: it only has to be near."""
+    width = parts[0].x.shape[2]
+    there = sum(p.x.size // width for p in parts)
+    step = max(1, there // (_ROWS_PER_INPUT * width))
+    some = np.concatenate([p.x.reshape(-1, width)[::step] for p in parts])
+    own = np.asarray(some.T @ some / len(some), np.float32)
+    return _Whitening(_inverted(own), float(np.trace(own)) / len(own))
+
+
+def _inverted(matrix: Floats) -> Floats:
+    wide = matrix.astype(np.float64)
+    wide += damping(wide, RIDGE) * np.eye(len(wide))
+    return np.asarray(np.linalg.inv(wide), np.float32)
+
+
+def _first(rows: _Parts, layers: Layers, whitening: _Whitening, ridge: float) -> Layers:
+    """One step of the first layer; its damping is its own."""
     del ridge
-    found = _run(rows, layers, hidden, outer)
-    weight, bias = _step(rows, found, layers.second)
-    least, best = float(np.sum(found.missing.astype(np.float64) ** 2)), layers
+    found = rows.each(lambda number: rows.run(number, layers))
+    weight, bias = _step(rows, found, layers, whitening)
+    least = sum(f.energy for f in found)
     for part in _SHRINKS:
         tried = dataclasses.replace(
             layers,
             first=layers.first + np.float32(part) * weight,
             first_bias=layers.first_bias + np.float32(part) * bias,
         )
-        error = float(np.sum(_run(rows, tried, hidden, outer).missing.astype(np.float64) ** 2))
-        if error < least:
+        if sum(rows.each(functools.partial(_energy, rows, tried))) < least:
             return tried
-    return best
+    return layers
 
 
-def _step(rows: Rows, found: _Pass, second: Floats) -> tuple[Floats, Floats]:
+def _energy(rows: _Parts, layers: Layers, number: int) -> float:
+    return rows.run(number, layers).energy
+
+
+def _step(
+    rows: _Parts, found: Sequence[_Pass], layers: Layers, whitening: _Whitening
+) -> tuple[Floats, Floats]:
     """``δ`` of the weights [H, D] and of the bias [H]."""
-    count, taps, width = rows.x.shape
-    flat = rows.x.reshape(-1, width)
-    slopes, across = found.slopes, found.open
-    own = flat.T @ flat / len(flat)
-    own += np.float32(damping(own.astype(np.float64), RIDGE)) * np.eye(width, dtype=np.float32)
-    states = slopes.reshape(-1, slopes.shape[2])
+    second = layers.second
+    taps = second.shape[1] // len(layers.first)
     blocks = second.reshape(len(second), taps, -1)
-    curve = np.einsum("oth,otg->hg", blocks, blocks) * (states.T @ states / len(states))
+    states = sum(rows.each(lambda n: found[n].slopes.T @ found[n].slopes))
+    count = sum(len(f.missing) for f in found)
+    curve = np.einsum("oth,otg->hg", blocks, blocks) * (states / np.float32(count * taps))
     # Where all units are clipped there is no curvature, and nothing to do.
-    scale = float(np.trace(curve)) / len(curve) * float(np.trace(own)) / width
+    scale = float(np.trace(curve)) / len(curve) * whitening.variance
     if scale <= 0:
-        return np.zeros((len(curve), width), np.float32), np.zeros(len(curve), np.float32)
-    curve += np.float32(damping(curve.astype(np.float64), RIDGE)) * np.eye(
-        len(curve), dtype=np.float32
-    )
-    left = np.linalg.inv(curve.astype(np.float64)).astype(np.float32)
-    right = np.linalg.inv(own.astype(np.float64)).astype(np.float32)
+        return np.zeros_like(layers.first), np.zeros_like(layers.first_bias)
+    left, right = _inverted(curve), whitening.inverse
 
-    def image(weight: Floats, bias: Floats) -> Floats:
-        hidden = (flat @ weight.T + bias).reshape(slopes.shape) * slopes
-        return np.asarray((hidden.reshape(count, -1) @ second.T) * across, np.float32)
+    def gradient(number: int, missing: Floats) -> Pair:
+        now, x = found[number], rows.parts[number].x
+        hidden = (missing @ second).reshape(now.slopes.shape) * now.slopes
+        weight = hidden.T @ x.reshape(-1, x.shape[2])
+        return np.asarray(weight, np.float32), hidden.sum(axis=0, dtype=np.float32)
 
-    def gradient(missing: Floats) -> tuple[Floats, Floats]:
-        hidden = ((missing @ second).reshape(slopes.shape) * slopes).reshape(states.shape)
-        return np.asarray(hidden.T @ flat, np.float32), hidden.sum(axis=0, dtype=np.float32)
+    def missing(number: int) -> Pair:
+        return gradient(number, found[number].missing * found[number].open)
 
-    def precondition(weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
+    def image(number: int, weight: Floats, bias: Floats) -> Pair:
+        now, x = found[number], rows.parts[number].x
+        hidden = (x.reshape(-1, x.shape[2]) @ weight.T + bias) * now.slopes
+        made = (hidden.reshape(len(now.missing), -1) @ second.T) * now.open
+        return gradient(number, np.asarray(made, np.float32))
+
+    def precondition(weight: Floats, bias: Floats) -> Pair:
         return np.asarray(left @ weight @ right, np.float32), np.asarray(left @ bias, np.float32)
 
     return _conjugate_gradients(
-        gradient(found.missing * across),
-        lambda w, b: gradient(image(w, b)),
+        _summed(rows.each(missing)),
+        lambda w, b: _summed(rows.each(lambda n: image(n, w, b))),
         precondition,
         np.float32(_DAMPING * count * scale),
     )
@@ -270,23 +337,32 @@ def _plus(a: Pair, b: Pair, factor: np.float32) -> Pair:
     return a[0] + factor * b[0], a[1] + factor * b[1]
 
 
-def _second(
-    rows: Rows, layers: Layers, hidden: ScalarFunction, outer: Bounds, ridge: float
-) -> Layers:
-    """The second layer fitted to what the first one makes."""
-    found = _run(rows, layers, hidden, outer)
-    target = found.hidden @ layers.second.T + layers.second_bias + found.missing
-    mean_x, mean_y = found.hidden.mean(axis=0), target.mean(axis=0)
-    x, y = found.hidden - mean_x, target - mean_y
-    count = len(x)
-    moments = Moments(
-        count,
-        mean_x.astype(np.float64),
-        mean_y.astype(np.float64),
-        (x.T @ x).astype(np.float64) / count,
-        (x.T @ y).astype(np.float64) / count,
+def _summed(pairs: Sequence[Pair]) -> Pair:
+    return (
+        np.sum([p[0] for p in pairs], axis=0, dtype=np.float32),
+        np.sum([p[1] for p in pairs], axis=0, dtype=np.float32),
     )
-    weight, bias = regress(moments, layers.second.astype(np.float64), ridge)
+
+
+def _second(rows: _Parts, layers: Layers, whitening: _Whitening, ridge: float) -> Layers:
+    """The second layer fitted to what the first one makes."""
+    del whitening
+
+    def moments(number: int) -> Moments:
+        found = rows.run(number, layers)
+        target = found.hidden @ layers.second.T + layers.second_bias + found.missing
+        mean_x, mean_y = found.hidden.mean(axis=0), target.mean(axis=0)
+        x, y = found.hidden - mean_x, target - mean_y
+        return Moments(
+            len(x),
+            mean_x.astype(np.float64),
+            mean_y.astype(np.float64),
+            (x.T @ x).astype(np.float64) / len(x),
+            (x.T @ y).astype(np.float64) / len(x),
+        )
+
+    whole = functools.reduce(Moments.merge, rows.each(moments))
+    weight, bias = regress(whole, layers.second.astype(np.float64), ridge)
     return dataclasses.replace(
         layers, second=weight.astype(np.float32), second_bias=bias.astype(np.float32)
     )

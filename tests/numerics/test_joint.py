@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.numerics.clipping import Bounds
-from onnxcompress.numerics.joint import Floats, Layers, Rows, jointly
+from onnxcompress.numerics.joint import Fitted, Floats, Layers, Rows
+from onnxcompress.numerics.joint import jointly as jointly_in_parts
 
 RELU, NONE, CLIP = Bounds(low=0.0), Bounds(), Bounds(-0.5, 1.0)
+
+
+def jointly(
+    fit: Rows, held: Rows, layers: Layers, hidden: Bounds, outer: Bounds, *, turns: int = 3
+) -> Fitted:
+    return jointly_in_parts([fit], [held], layers, hidden, outer, turns=turns)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Floats:
@@ -132,3 +140,22 @@ def test_dead_units_are_left_alone() -> None:
     found = jointly(fit, held, dead, RELU, NONE)
     assert np.isfinite(found.after)
     np.testing.assert_array_equal(found.layers.first, dead.first)
+
+
+def test_parts_and_threads_change_nothing() -> None:
+    rng = np.random.default_rng(8)
+    teacher = layers(rng, 5, 6, 3, 3)
+    fit, held = (rows(rng, n, teacher, 5, RELU) for n in (600, 200))
+
+    def parts(given: Rows, count: int) -> list[Rows]:
+        split = (np.split(a, count) for a in (given.x, given.inside, given.target))
+        return [Rows(x, inside, y, None) for x, inside, y in zip(*split, strict=True)]
+
+    start = without_units(teacher, 4)
+    whole = jointly(fit, held, start, RELU, NONE)
+    with ThreadPoolExecutor(3) as pool:
+        found = jointly_in_parts(parts(fit, 6), parts(held, 4), start, RELU, NONE, each=pool.map)
+    # Whitening looks at other rows, so the steps are not quite the same.
+    assert found.after == pytest.approx(whole.after, rel=0.1)
+    again = jointly_in_parts(parts(fit, 6), parts(held, 4), start, RELU, NONE)
+    np.testing.assert_array_equal(found.layers.first, again.layers.first)

@@ -45,7 +45,7 @@ def test_no_more_answers_are_kept_than_there_is_room_for(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("found", "known"), [(0.1, (0.1,)), (np.inf, (None,)), (None, (None,))], ids=str
+    ("found", "known"), [(0.1, (0.1,)), (np.inf, (np.inf,)), (None, (None,))], ids=str
 )
 def test_ridges_serve_layers_that_met_the_same_fate(
     found: float | None, known: tuple[float | None, ...]
@@ -60,3 +60,14 @@ def test_ridges_serve_layers_that_met_the_same_fate(
     assert memory.without_answers.ridges(job()) == known
     memory.keep(job("another"), Refit(job().consumer, (0.5,), 20.0))
     assert memory.ridges(job("another")) == (None,)
+
+
+def test_layers_that_were_left_as_they_are_are_left_again() -> None:
+    memory = Memory()
+    for lost in (True, False):
+        memory.keep(job(lost=lost), Refit(job().consumer, (None,), 20.0))
+    assert not memory.spares(job(lost=False))
+    memory.filled = True
+    assert memory.spares(job(lost=False))
+    assert not memory.spares(job())  # what lost inputs may need others in another plan
+    assert not memory.spares(job("another", lost=False))

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from onnxcompress.passes.prune.answers import Answers
 from onnxcompress.passes.prune.jobs import Job, Refit
 
@@ -49,9 +47,15 @@ class Memory:
     def ridges(self, job: Job) -> Sequence[float | None]:
         """The ridges that suited a layer, each None where it has to be chosen."""
         found = self._ridges.get(_fate(job), ())
-        if not self.filled or not found or any(r is None or np.isinf(r) for r in found):
+        if not self.filled or not found or any(r is None for r in found):
             return (None,) * job.consumer.groups
         return found
+
+    def spares(self, job: Job) -> bool:
+        """Whether a layer that lost no inputs was best left as it is."""
+        found = self._ridges.get(_fate(job), ())
+        lost = not job.inputs.all() or job.moved
+        return self.filled and not lost and bool(found) and all(r is None for r in found)
 
     @property
     def without_answers(self) -> Memory:

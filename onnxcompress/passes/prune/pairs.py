@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.elementwise import Chain, chain_behind
 from onnxcompress.passes.prune.fit import FOLDS
 from onnxcompress.passes.prune.jobs import Job, Task
+from onnxcompress.passes.prune.ranking import workers_of
 from onnxcompress.passes.prune.rows import axis_last, chosen_rows, floating, unfolded
 from onnxcompress.passes.prune.score import staying
 from onnxcompress.passes.prune.stream import Stream
@@ -36,8 +38,10 @@ Mask = npt.NDArray[np.bool_]
 
 MOST_ROWS = 16384
 """Rows of the second layer that are fitted to."""
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 128 << 20
 """Inputs of the first layer at all of their taps."""
+_CHUNK_ROWS = 1024
+"""Rows of the second layer that are treated at a time; threads share chunks."""
 _ROWS_PER_COLUMN = 4
 """Rows for each input of either layer, at least."""
 
@@ -87,15 +91,17 @@ class Pair:
             ctx: How to run, and the seed of the choice of rows.
         """
         fit, held = self._rows(stream, names, ctx.seed)
-        if fit is None or held is None:
+        if not fit or not held:
             return None
         layers = self._layers(model)
-        seen = held.x.reshape(-1, held.x.shape[2]) @ layers.first.T + layers.first_bias
+        x = held[0].x
+        seen = x.reshape(-1, x.shape[2]) @ layers.first.T + layers.first_bias
         activation = self.chain.function(seen, ctx)
         if activation is None:
             return None
         bounds = self.reader.bounds or Bounds()
-        return jointly(fit, held, layers, activation, bounds, ridge=ridge)
+        with ThreadPoolExecutor(workers_of(ctx)) as pool:
+            return jointly(fit, held, layers, activation, bounds, ridge=ridge, each=pool.map)
 
     def write(self, model: ir.Model, layers: Layers) -> None:
         """Store new weights of both."""
@@ -140,17 +146,17 @@ class Pair:
 
     def _rows(
         self, stream: Stream, names: Mapping[str, str], seed: int
-    ) -> tuple[Rows | None, Rows | None]:
-        """Rows to fit to and, from other samples, to judge by."""
+    ) -> tuple[list[Rows], list[Rows]]:
+        """Rows to fit to and, from other samples, to judge by; none if there are too few."""
         most = self._most_rows()
         least = _ROWS_PER_COLUMN * max(len(self._first[1]), len(self._second[1]))
         if stream.run_count < FOLDS:
-            return None, None
+            return [], []
         parts: tuple[list[Rows], list[Rows]] = ([], [])
         for number, rows in enumerate(self._runs(stream, names, most * FOLDS // (FOLDS - 1), seed)):
             parts[number % FOLDS == FOLDS - 1].append(rows)
-        fit, held = (_joined(p) for p in parts)
-        return (fit, held) if len(fit.target) >= least else (None, None)
+        fit, held = (_chunks(p) for p in parts)
+        return (fit, held) if sum(len(p.target) for p in fit) >= least else ([], [])
 
     def _runs(
         self, stream: Stream, names: Mapping[str, str], most: int, seed: int
@@ -215,6 +221,16 @@ def tapped(unfold: Unfold, shape: Sequence[int], rows: Indices) -> Indices:
         inside &= (position >= 0) & (position < length)
         found = found * length + position
     return np.where(inside, found, -1)
+
+
+def _chunks(parts: Sequence[Rows]) -> list[Rows]:
+    """The same rows in parts of about :data:`_CHUNK_ROWS`."""
+    chunks: list[list[Rows]] = [[]]
+    for part in parts:
+        if sum(len(p.target) for p in chunks[-1]) >= _CHUNK_ROWS:
+            chunks.append([])
+        chunks[-1].append(part)
+    return [_joined(chunk) for chunk in chunks if chunk]
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

@@ -140,6 +140,8 @@ def recover(
                         what = "mean and variance estimated anew"
                         changes.append(Change(job.node, "BatchNormalization", what))
                     continue
+                if memory is not None and memory.spares(job):
+                    continue
                 folds = min(running.folds(job.consumer.width), effort.folds)
                 max_rows = effort.row_limit(job.consumer.width)
                 plan = job.plan(both.names, folds, ctx.seed, max_rows)

@@ -14,7 +14,13 @@ from onnxcompress.errors import PassError
 from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.graph.emptying import Emptying, RefusedError, whole
 from onnxcompress.graph.macs import MacsModel
-from onnxcompress.numerics.allocation import Curve, allocate, allowed_counts, unit_step
+from onnxcompress.numerics.allocation import (
+    Cost,
+    Curve,
+    allocate,
+    allowed_counts,
+    unit_step,
+)
 from onnxcompress.passes._unpadded import NOTE, unpadded
 from onnxcompress.passes.base import Change, Skip
 from onnxcompress.passes.prune.budget import Ledger, remaining
@@ -237,16 +243,13 @@ class Work:
         for total in self._totals:
             curves = total.settled(curves, part)
 
-        def time_left(counts: Mapping[int, int]) -> float:
-            return self.time_left(taken(counts))
-
+        remains = _remembered(lambda counts: left(taken(counts)))
         timed = timed or self.options.latency is not None
-        time = time_left if timed and self.counts_time else None
+        time = None
+        if timed and self.counts_time:
+            time = _remembered(lambda counts: self.time_left(taken(counts)))
 
         def plan_for(share: float) -> dict[int, Indices]:
-            def remains(counts: Mapping[int, int]) -> float:
-                return left(taken(counts))
-
             return taken(allocate(curves, remains, share, exchange=True, time=time))
 
         name = budget.measure.value
@@ -381,3 +384,16 @@ class Work:
             more = f" (and {len(others)} more such places)" if others else ""
             skips.append(Skip(first, self.op_type(first), reason + more))
         return skips
+
+
+def _remembered(cost: Cost) -> Cost:
+    """The same, each cost reckoned once: plans for nearly the same budget ask alike."""
+    known: dict[tuple[tuple[int, int], ...], float] = {}
+
+    def found(counts: Mapping[int, int]) -> float:
+        key = tuple(sorted(counts.items()))
+        if key not in known:
+            known[key] = cost(counts)
+        return known[key]
+
+    return found

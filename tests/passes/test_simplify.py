@@ -343,7 +343,7 @@ def test_onnxsim_is_not_imported_by_the_package() -> None:
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("minilm_l6_v2", 339),
+        ("minilm_l6_v2", 348),  # the 1e-12 of its 13 normalizations are no zeros
         ("cifar_resnet20", 56),
         ("silero_vad", 90),
         ("ppocr_cls", 198),

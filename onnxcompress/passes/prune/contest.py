@@ -54,8 +54,6 @@ _ROUND = 4
 """Plans made from the same factors. Fixed, so that results do not depend on the number of cores."""
 _PATIENCE = 2
 """Rounds without a better plan after which no more are tried."""
-_FITTED = 128
-"""Samples that plans are refitted with: as many rows of each layer are drawn from more."""
 _FEW = 128
 """With fewer samples to judge by, the best plans are judged by others, too."""
 _FINALISTS = 4
@@ -171,7 +169,7 @@ class Judge:
         layers: The linear layers.
         options: How to refit.
         ctx: The job; it has calibration data.
-        samples: Samples to judge by, and to fit to, at most.
+        samples: Samples to fit to, at most, and to judge by.
         place: Which of the samples judge, as in :func:`split`.
     """
 
@@ -194,8 +192,7 @@ class Judge:
         self.workers = min(workers_of(ctx), _ROUND)
         session = dataclasses.replace(ctx.session, threads=1) if self.workers > 1 else ctx.session
         group = 1 if fitting is None else fitting.layout.group or 1
-        fitted = min(samples, _FITTED)
-        some = None if fitting is None else fitting.spread(max(fitted // group, 1) * group)
+        some = None if fitting is None else fitting.spread(max(samples // group, 1) * group)
         self._ctx = dataclasses.replace(
             ctx, calibration=some, session=session, progress=SilentProgress()
         )

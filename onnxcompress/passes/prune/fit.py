@@ -30,7 +30,7 @@ _WIDE = 2048
 """Layers wider than this are judged by one half of the samples for the other, to save memory."""
 _JUDGED = 128
 """Outputs of a layer by which its ridge is chosen at most; all share it."""
-_FEW_ROWS = 2048
+_FEW_ROWS = 4096
 """Least number of rows where plans are compared."""
 _FALLBACK_RIDGE = 1e-1
 """Where there are too few samples to hold any out."""

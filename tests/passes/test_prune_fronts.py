@@ -67,3 +67,14 @@ def test_a_branch_without_a_layer_in_front_keeps_its_loss(activation: str, tmp_p
     losses = ranked(model, PruneOptions(macs=0.5, align=1), tmp_path)["inner"].losses
     assert len(losses) == 17
     assert losses[-1] > losses[12] > 1e-3
+
+
+def test_moments_of_few_branches_are_held_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = PruneOptions(macs=0.5, align=1)
+    whole = ranked(rectified_branch(), options, tmp_path)
+    monkeypatch.setattr("onnxcompress.passes.prune.fronts.MOMENT_BYTES", 1)
+    parts = ranked(rectified_branch(), options, tmp_path)
+    for name, ranking in whole.items():
+        np.testing.assert_allclose(parts[name].losses, ranking.losses, rtol=0.05)

@@ -216,15 +216,16 @@ class Judge:
         """The error of each plan on samples that it was not fitted to."""
         # Cloned here: threads must not read a graph while others do.
         copies = [model_io.clone(self._model) for _ in plans]
-        known = self._memory
-        # Of plans that run side by side, the first one is remembered, whichever ends first.
-        memories = [known if known.filled else Memory() for _ in plans]
+        known, filling = self._memory, Memory()
+        # Of plans that run side by side the first one is remembered, whichever ends first.
+        first: list[Memory | None] = [filling, *[None] * (len(plans) - 1)]
+        memories = [known] * len(plans) if known.filled else first
         with ThreadPoolExecutor(self.workers) as pool:
             yield from pool.map(self._error_of, copies, plans, memories)
-        if memories and not known.filled:
-            self._memory = dataclasses.replace(memories[0], filled=True)
+        if not known.filled:
+            self._memory = dataclasses.replace(filling, filled=True)
 
-    def _error_of(self, candidate: ir.Model, plan: Plan, memory: Memory) -> float:
+    def _error_of(self, candidate: ir.Model, plan: Plan, memory: Memory | None) -> float:
         if self._probe is None:
             return 0.0
         recover(

@@ -28,6 +28,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
 from onnxcompress.numerics.least_squares import Moments, regress
+from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.prune.branches import Branches
 from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.prune.jobs import Job, jobs_of
@@ -39,6 +40,8 @@ Weights = dict[str, npt.NDArray[np.generic]]
 
 _RIDGE = 1e-2
 """``ρ``, relative to the mean variance of the inputs."""
+MOMENT_BYTES = 1 << 30
+"""Moments held at a time."""
 _LEAST_ROWS = 4096
 _ROWS_PER_COLUMN = 10
 
@@ -59,6 +62,11 @@ class _Front:
     def nodes(self) -> tuple[str, ...]:
         """Names of all of these layers."""
         return tuple(sorted({c.node for c in (*self.fitted, *self.silenced)}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the moments."""
+        return sum(8 * c.width * (c.groups * c.width + c.outputs) for c in self.fitted)
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -100,20 +108,22 @@ def with_fronts(
         return list(rankings)
     places = {n.name: i for i, n in enumerate(model.graph)}
     ordered = sorted(fronts, key=lambda g: min(places[n] for n in fronts[g].nodes))
-    requests = dict.fromkeys(r for f in fronts.values() for r in f.fitted.values())
-    statistics = ctx.collect(model, requests, description="prune: moments in front of branches")
     measured: dict[int, float] = {}
-    nodes = {g: (fronts[g].nodes, fronts[g].written) for g in ordered}
+    changed = {g: (fronts[g].nodes, fronts[g].written) for g in ordered}
     with (
-        SuffixProbe(model, whole, ctx, nodes) as probe,
+        SuffixProbe(model, whole, ctx, changed) as probe,
         ctx.progress.task("prune: trying without branches", len(ordered)) as task,
     ):
-        for group in ordered:
-            suffix = probe.at(group)
-            if suffix is not None:
-                found = {c: statistics[r] for c, r in fronts[group].fitted.items()}
-                measured[group] = suffix.error_of(_weights(model, fronts[group], found))
-            task.advance()
+        for batch in batches_within(ordered, lambda g: fronts[g].nbytes, MOMENT_BYTES):
+            requests = dict.fromkeys(r for g in batch for r in fronts[g].fitted.values())
+            text = "prune: moments in front of branches"
+            statistics = ctx.collect(model, requests, description=text)
+            for group in batch:
+                suffix = probe.at(group)
+                if suffix is not None:
+                    found = {c: statistics[r] for c, r in fronts[group].fitted.items()}
+                    measured[group] = suffix.error_of(_weights(model, fronts[group], found))
+                task.advance()
     return [_lowered(r, measured.get(r.group.index)) for r in rankings]
 
 

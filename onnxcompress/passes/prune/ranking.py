@@ -17,7 +17,7 @@ from onnxcompress.graph.coupling import Coupling, Group
 from onnxcompress.graph.surgery import mask
 from onnxcompress.passes._batches import batches_within
 from onnxcompress.passes.prune.consumers import Layers
-from onnxcompress.passes.prune.fronts import with_fronts
+from onnxcompress.passes.prune.fronts import MOMENT_BYTES, with_fronts
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.probe import PROBE_SAMPLES, OutputProbe
 from onnxcompress.passes.prune.samples import split
@@ -34,8 +34,6 @@ from onnxcompress.passes.prune.suffix import SuffixProbe
 
 Indices = npt.NDArray[np.int64]
 
-_MOMENT_BYTES = 1 << 30
-"""Covariances held at a time while scoring."""
 _MAX_WORKERS = 8
 """Groups ranked at a time at most."""
 
@@ -147,5 +145,5 @@ def _batches(
     return batches_within(
         groups,
         lambda g: sum(8 * r.consumer.groups * r.consumer.width**2 for r in readers[g.index]),
-        _MOMENT_BYTES,
+        MOMENT_BYTES,
     )

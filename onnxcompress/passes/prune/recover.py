@@ -31,7 +31,6 @@ from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.graph.surgery import mask
-from onnxcompress.numerics.joint import Fitted
 from onnxcompress.passes.base import Change
 from onnxcompress.passes.prune.branches import Branches
 from onnxcompress.passes.prune.budget import Removed
@@ -148,33 +147,35 @@ def recover(
                 answers = None if memory is None else memory.answers(job, max_rows)
                 known = None if memory is None else memory.ridges(job)
                 source = RowSource(stream, plan, answers)
-                fit = Fitting(both.model, job, source, folds, options.ridge).run(
-                    effort.turns, known
-                )
+                fitting = Fitting(both.model, job, source, folds, options.ridge)
+                fit = fitting.run(effort.turns, known)
                 if memory is not None:
                     memory.keep(job, fit.refit)
                 done.append(fit.refit)
                 for changed in (both.model, model):
                     job.consumer.write(changed, fit.weight, fit.bias)
                 pair = pairs.get(job.consumer.node)
-                ridge = fit.refit.ridges[0]
-                if pair is None or ridge is None or not np.isfinite(ridge):
-                    continue
-                together = pair.fitted(both.model, stream, both.names, ridge, ctx)
-                if together is not None and together.after < together.before:
-                    for changed in (both.model, model):
-                        pair.write(changed, together.layers)
-                    changes.append(_pair_change(pair, together))
+                if pair is not None:
+                    changes += _fitted_together(pair, fit.refit, (both, model), stream, ctx)
     return Recovery(tuple(done), tuple(changes), untreated)
 
 
-def _pair_change(pair: Pair, found: Fitted) -> Change:
+def _fitted_together(
+    pair: Pair, refit: Refit, models: tuple[_Both, ir.Model], stream: Stream, ctx: PassContext
+) -> list[Change]:
+    """Fit a pair whose second layer has been refitted alone, and say so where that helped."""
+    (ridge,) = refit.ridges
+    if ridge is None or not np.isfinite(ridge):
+        return []
+    both, model = models
+    found = pair.fitted(both.model, stream, both.names, ridge, ctx)
+    if found is None or not found.after < found.before:
+        return []
+    for changed in (both.model, model):
+        pair.write(changed, found.layers)
     less = 1 - found.after / found.before
-    return Change(
-        pair.maker.node,
-        pair.maker.op_type,
-        f"fitted together with '{pair.reader.consumer.node}' ({less:.0%} less error there)",
-    )
+    what = f"fitted together with '{pair.reader.consumer.node}' ({less:.0%} less error there)"
+    return [Change(pair.maker.node, pair.maker.op_type, what)]
 
 
 @dataclass(frozen=True, slots=True)

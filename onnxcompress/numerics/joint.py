@@ -49,6 +49,8 @@ _ROWS_PER_INPUT = 20
 """Rows for ``B``, for each of the inputs."""
 _SHRINKS = (1.0, 0.5, 0.25)
 """Parts of a step to try."""
+_NOTHING = 1e-6
+"""Error below which there is nothing to fit but what sums in float32 lose."""
 _LEAST_GAIN = 5e-3
 """A turn that lowers the error of the rows held out by less than this share is the last one, and
 the layers stay as they are where all turns together gain no more."""
@@ -157,6 +159,8 @@ def jointly(
     own, others = (_Parts(parts, hidden, outer, each) for parts in (fit, held))
     best = layers
     before = least = others.error(layers)
+    if before < _NOTHING:
+        return Fitted(layers, before, before)
     whitening = _whitening(fit)
     for _ in range(turns):
         start = least

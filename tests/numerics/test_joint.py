@@ -159,3 +159,12 @@ def test_parts_and_threads_change_nothing() -> None:
     assert found.after == pytest.approx(whole.after, rel=0.1)
     again = jointly_in_parts(parts(fit, 6), parts(held, 4), start, RELU, NONE)
     np.testing.assert_array_equal(found.layers.first, again.layers.first)
+
+
+def test_what_is_right_already_stays() -> None:
+    rng = np.random.default_rng(9)
+    teacher = layers(rng, 5, 6, 2, 3)
+    fit, held = (rows(rng, n, teacher, 5, RELU) for n in (300, 100))
+    found = jointly(fit, held, teacher, RELU, NONE)
+    assert found.layers is teacher
+    assert found.after == found.before < 1e-6

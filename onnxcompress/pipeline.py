@@ -28,6 +28,7 @@ from onnxcompress.errors import (
 from onnxcompress.graph.naming import used_names
 from onnxcompress.interface import TensorSpec, input_specs, output_specs
 from onnxcompress.output import check_output, check_sidecar, publish, scratch, staging
+from onnxcompress.passes._subexpressions import drop_unused_constants
 from onnxcompress.passes.base import PassReport
 from onnxcompress.progress import Progress, SilentProgress
 from onnxcompress.recipe import Recipe
@@ -332,6 +333,7 @@ def _transform(
         with clock.stage(name), _blamed(step.name), context.progress.task(step.name):
             candidate = model_io.clone(model)
             report = step.instance.run(candidate, context)
+            drop_unused_constants(candidate)  # onnxruntime warns of them at every load
             _check_sound(candidate, sample, boundary, context)
         model = candidate
         after = None

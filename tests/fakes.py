@@ -21,7 +21,7 @@ import onnxcompress.passes
 from onnxcompress.calibration.statistics import Statistic
 from onnxcompress.context import PassContext
 from onnxcompress.errors import ModelError
-from onnxcompress.graph.constants import constant_of
+from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage, option
 
 Floats = npt.NDArray[np.float32]
@@ -126,6 +126,15 @@ class GainPass(FakePass):
         change_weight(model, lambda w: w * np.float32(factor))
 
 
+class LitterPass(FakePass):
+    """Leaves a constant that nothing reads."""
+
+    name = "litter"
+
+    def edit(self, model: ir.Model) -> None:
+        set_initializer(model.graph, "litter", np.zeros(3, np.float32))
+
+
 class WreckPass(FakePass):
     """Turns the weights around, so that the classes are other ones."""
 
@@ -227,6 +236,7 @@ _ALL = (
     FoldPass,
     PrunePass,
     GainPass,
+    LitterPass,
     WreckPass,
     NanPass,
     InvalidPass,

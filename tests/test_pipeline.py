@@ -60,6 +60,12 @@ def test_a_run_writes_a_model_that_says_where_it_comes_from(model: Path) -> None
     np.testing.assert_array_equal(after, 2 * before)
 
 
+def test_constants_that_nothing_reads_are_not_written(model: Path) -> None:
+    result = run(model, "litter")
+    names = {tensor.name for tensor in onnx.load(result.output_path).graph.initializer}
+    assert names == {tensor.name for tensor in onnx.load(model).graph.initializer}
+
+
 def test_the_file_has_ordinary_permissions(model: Path) -> None:
     result = run(model, "gain")
     umask = os.umask(0)

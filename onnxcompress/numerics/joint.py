@@ -25,7 +25,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -128,8 +128,12 @@ class _Pass:
         return float(np.sum(self.missing.astype(np.float64) ** 2))
 
 
-Each: TypeAlias = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
-"""As :func:`map`: what is done to each part of the rows, perhaps side by side."""
+class Each(Protocol):
+    """As :func:`map`: does something to each part of the rows, perhaps side by side."""
+
+    def __call__(self, function: Callable[[int], T], numbers: Iterable[int], /) -> Iterable[T]:
+        """The results, in order."""
+        ...
 
 
 def jointly(

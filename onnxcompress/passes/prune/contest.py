@@ -1,13 +1,13 @@
 """Many plans for one budget, each made with what those before it taught, and the best of them.
 
-The loss of a group is measured with the layers that read it refitted, and no others, and losses are
-added as if groups had nothing to do with each other. Both are wrong in ways that depend on the
-network: what follows makes up for some losses better than for others, and a residual stream, which
-all its readers repair at once in the measurement, looks cheaper than it is. So a plan is made,
-refitted quickly on one part of the samples, and its outputs are compared with the original's on the
-other part. Each such error is one equation for factors on the groups' losses
-(:mod:`onnxcompress.numerics.additivity`), and the next plans are made with the factors learned so
-far, and with factors drawn from what is still possible.
+The loss of a group is measured with the layers that read it refitted (of a whole branch, the layer
+in front of it), and no others, and losses are added as if groups had nothing to do with each other.
+Both are wrong in ways that depend on the network: what follows makes up for some losses better than
+for others, and a residual stream, which all its readers repair at once in the measurement, looks
+cheaper than it is. So a plan is made, refitted quickly on one part of the samples, and its outputs
+are compared with the original's on the other part. Each such error is one equation for factors on
+the groups' losses (:mod:`onnxcompress.numerics.additivity`), and the next plans are made with the
+factors learned so far, and with factors drawn from what is still possible.
 
 Half of the plans are made for time instead of multiply-accumulates: kernels compute channels in
 blocks, so that some removals save none and others (a whole branch) save much. The least product of
@@ -66,8 +66,8 @@ factor of two, which is too far."""
 _SHARED = float(np.log(2.0) / 2)
 """Believed before: losses of groups that several layers read are to be taken 1.4 times."""
 _WHOLE = float(np.log(0.5))
-"""Believed before: the step that leaves nothing of a branch counts half, for the layer in front of
-it will do its work."""
+"""Believed before: the step that leaves nothing of a branch counts half, for the layers behind it
+make up for some of what the layer in front of it cannot do."""
 _SPREAD = float(np.log(2.0))
 """Of the factor of a group's losses: twice or half is nothing unusual."""
 _WHOLE_SPREAD = float(np.log(4.0))

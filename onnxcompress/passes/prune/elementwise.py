@@ -44,7 +44,7 @@ class Chain:
     Attributes:
         root: The tensor that it is applied to.
         result: What comes out.
-        nodes: The nodes, masks included, in no order.
+        nodes: The nodes, in no order; masks behind them are left out.
     """
 
     root: ir.Value

@@ -29,12 +29,13 @@ from onnxcompress.passes.prune.elementwise import Chain, chain_behind
 from onnxcompress.passes.prune.fit import FOLDS
 from onnxcompress.passes.prune.jobs import Job, Task
 from onnxcompress.passes.prune.ranking import workers_of
-from onnxcompress.passes.prune.rows import axis_last, chosen_rows, floating, unfolded
+from onnxcompress.passes.prune.rows import axis_last, chosen_rows, floating, picked, unfolded
 from onnxcompress.passes.prune.score import staying
 from onnxcompress.passes.prune.stream import Stream
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+_Side = tuple[Consumer, Indices, Indices]
 
 MOST_ROWS = 16384
 """Rows of the second layer that are fitted to."""
@@ -105,10 +106,8 @@ class Pair:
 
     def write(self, model: ir.Model, layers: Layers) -> None:
         """Store new weights of both."""
-        for consumer, (rows, columns), weight, bias in (
-            (self.maker, self._first, layers.first, layers.first_bias),
-            (self.reader.consumer, self._second, layers.second, layers.second_bias),
-        ):
+        weights = ((layers.first, layers.first_bias), (layers.second, layers.second_bias))
+        for (consumer, rows, columns), (weight, bias) in zip(self._sides, weights, strict=True):
             matrix, offset = consumer.matrix(model), consumer.bias_vector(model)
             order = weight_order(consumer.unfold, len(columns))
             matrix[0][np.ix_(rows, columns)] = weight[:, order]
@@ -116,23 +115,17 @@ class Pair:
             consumer.write(model, matrix, offset)
 
     @property
-    def _first(self) -> tuple[Indices, Indices]:
-        """Rows and columns of the first layer that stay."""
-        columns = self.maker.columns(np.flatnonzero(self.inputs))
-        return np.flatnonzero(self.reader.inputs), columns
-
-    @property
-    def _second(self) -> tuple[Indices, Indices]:
-        """The same of the second one."""
-        columns = self.reader.consumer.columns(np.flatnonzero(self.reader.inputs))
-        return np.flatnonzero(self.reader.outputs), columns
+    def _sides(self) -> tuple[_Side, _Side]:
+        """Both layers, with the rows and columns of their weights that stay."""
+        hidden, second = np.flatnonzero(self.reader.inputs), self.reader.consumer
+        return (
+            (self.maker, hidden, self.maker.columns(np.flatnonzero(self.inputs))),
+            (second, np.flatnonzero(self.reader.outputs), second.columns(hidden)),
+        )
 
     def _layers(self, model: ir.Model) -> Layers:
         found: list[Floats] = []
-        for consumer, (rows, columns) in (
-            (self.maker, self._first),
-            (self.reader.consumer, self._second),
-        ):
+        for consumer, rows, columns in self._sides:
             kept = consumer.matrix(model)[0][np.ix_(rows, columns)]
             placed = np.empty_like(kept)
             placed[:, weight_order(consumer.unfold, len(columns))] = kept
@@ -141,15 +134,15 @@ class Pair:
         return Layers(*found)
 
     def _most_rows(self) -> int:
-        taps, width = self.reader.consumer.taps, len(self._first[1])
-        return min(MOST_ROWS, _MOST_BYTES // (4 * taps * max(width, 1)))
+        (_, _, columns), (second, _, _) = self._sides
+        return min(MOST_ROWS, _MOST_BYTES // (4 * second.taps * max(len(columns), 1)))
 
     def _rows(
         self, stream: Stream, names: Mapping[str, str], seed: int
     ) -> tuple[list[Rows], list[Rows]]:
         """Rows to fit to and, from other samples, to judge by; none if there are too few."""
         most = self._most_rows()
-        least = _ROWS_PER_COLUMN * max(len(self._first[1]), len(self._second[1]))
+        least = _ROWS_PER_COLUMN * max(len(columns) for _, _, columns in self._sides)
         if stream.run_count < FOLDS:
             return [], []
         parts: tuple[list[Rows], list[Rows]] = ([], [])
@@ -184,11 +177,11 @@ class Pair:
             shortcut = None
             if rest:
                 added = axis_last(floating(found[rest[0]]), reader.consumer.target_axis)
-                shortcut = added[rows][:, reader.outputs].astype(np.float32)
+                shortcut = picked(added, rows, reader.outputs).astype(np.float32)
             yield Rows(
                 x[0].reshape(*places.shape, -1).astype(np.float32, copy=False),
                 inside,
-                target[rows][:, reader.outputs].astype(np.float32),
+                picked(target, rows, reader.outputs).astype(np.float32),
                 shortcut,
             )
 

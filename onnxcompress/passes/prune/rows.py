@@ -189,8 +189,8 @@ class RowSource:
         shortcut = None
         if plan.shortcut is not None:
             shortcut = axis_last(floating(found[plan.shortcut]), plan.axis)
-            shortcut = _picked(shortcut, rows, plan.outputs)
-        return Pairs(fold, x, _picked(y, None, plan.outputs), shortcut)
+            shortcut = picked(shortcut, rows, plan.outputs)
+        return Pairs(fold, x, picked(y, None, plan.outputs), shortcut)
 
 
 def chosen_rows(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:
@@ -204,7 +204,8 @@ def chosen_rows(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:
     return chosen
 
 
-def _picked(y: Floating, rows: Indices | None, outputs: Mask) -> Floating:
+def picked(y: Floating, rows: Indices | None, outputs: Mask) -> Floating:
+    """Some rows and columns of ``y``; all rows for None."""
     taken = y if rows is None else y[rows]
     return taken if outputs.all() else taken[:, outputs]
 
@@ -240,7 +241,7 @@ def unfolded(
     if isinstance(unfold, AxisUnfold):
         flat = axis_last(x, unfold.axis)
         _check(len(flat), there)
-        return _picked(flat, rows, channels)[np.newaxis]
+        return picked(flat, rows, channels)[np.newaxis]
     half = len(unfold.pads) // 2
     pads = [(0, 0), *zip(unfold.pads[:half], unfold.pads[half:], strict=True), (0, 0)]
     if not channels.all():

@@ -218,13 +218,17 @@ class Coupling:
         """
         offsets = self.offsets
         kept = np.ones(int(offsets[-1]), dtype=np.bool_)
-        for index, units in removed.items():
-            size = self.groups[index].size
-            chosen = np.asarray(units, dtype=np.int64)
-            if chosen.size and (chosen.min() < 0 or chosen.max() >= size):
-                raise IndexError(
-                    f"group {index} ('{self.groups[index].name}') has units 0 to {size - 1}, "
-                    f"not {chosen.min()} to {chosen.max()}"
-                )
-            kept[offsets[index] + chosen] = False
+        places = list(removed)
+        parts = [np.asarray(removed[index], dtype=np.int64) for index in places]
+        owners = np.repeat(np.array(places, np.int64), [part.size for part in parts])
+        units = np.concatenate([*parts, np.zeros(0, np.int64)])
+        starts = offsets[owners]
+        unknown = np.flatnonzero((units < 0) | (units >= offsets[owners + 1] - starts))
+        if unknown.size:
+            group = self.groups[owners[unknown[0]]]
+            raise IndexError(
+                f"group {group.index} ('{group.name}') has units 0 to {group.size - 1}, "
+                f"not {units[unknown[0]]}"
+            )
+        kept[starts + units] = False
         return kept

@@ -332,5 +332,5 @@ def whole(coupling: Coupling, removed: Mapping[int, Units]) -> list[int]:
     return [
         index
         for index, units in removed.items()
-        if len(np.unique(units)) >= coupling.groups[index].size
+        if len(units) >= (size := coupling.groups[index].size) and len(np.unique(units)) >= size
     ]

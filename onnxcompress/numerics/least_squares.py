@@ -35,7 +35,7 @@ Indices = npt.NDArray[np.int64]
 
 UNDERFLOW = float(np.finfo(np.float32).tiny)
 """Mean square below which a moment summed in float32 holds no signal."""
-_PANEL = 64
+_PANEL = 32
 """Rows solved at a time in the triangular solves, by the inverse of so small a triangle."""
 _CHUNKS = 16
 """A chunk of removals is this part of the units left."""
@@ -151,7 +151,8 @@ def solve_positive_definite(matrix: Array, right: Array) -> Array:
         numpy.linalg.LinAlgError: If ``A`` is not finite, or indefinite beyond rounding.
     """
     factor = cholesky(matrix)
-    return solve_transposed(factor, solve_lower(factor, right))
+    inverses = _inverses(factor)
+    return _backward(factor, inverses, _forward(factor, inverses, right))
 
 
 def solve_lower(factor: Array, right: Array) -> Array:
@@ -164,21 +165,36 @@ def solve_lower(factor: Array, right: Array) -> Array:
     Returns:
         ``Z``, [D, N].
     """
-    solution = right.copy()
-    for start in range(0, len(factor), _PANEL):
-        rows = slice(start, start + _PANEL)
-        rest = solution[rows] - factor[rows, :start] @ solution[:start]
-        solution[rows] = np.linalg.inv(factor[rows, rows]) @ rest
-    return solution
+    return _forward(factor, _inverses(factor), right)
 
 
 def solve_transposed(factor: Array, right: Array) -> Array:
     """Solve ``Lᵀ Z = B`` for a lower triangular ``L``; shapes as in :func:`solve_lower`."""
+    return _backward(factor, _inverses(factor), right)
+
+
+def _inverses(factor: Array) -> list[Array]:
+    """The inverses of the triangles on the diagonal of ``L``, from the first rows to the last."""
+    rows = (slice(start, start + _PANEL) for start in range(0, len(factor), _PANEL))
+    return [np.asarray(np.linalg.inv(factor[r, r]), np.float64) for r in rows]
+
+
+def _forward(factor: Array, inverses: Sequence[Array], right: Array) -> Array:
     solution = right.copy()
-    for start in reversed(range(0, len(factor), _PANEL)):
-        rows, below = slice(start, start + _PANEL), slice(start + _PANEL, None)
+    for number, inverse in enumerate(inverses):
+        start = number * _PANEL
+        rows = slice(start, start + _PANEL)
+        solution[rows] = inverse @ (solution[rows] - factor[rows, :start] @ solution[:start])
+    return solution
+
+
+def _backward(factor: Array, inverses: Sequence[Array], right: Array) -> Array:
+    solution = right.copy()
+    for number in reversed(range(len(inverses))):
+        end = (number + 1) * _PANEL
+        rows, below = slice(end - _PANEL, end), slice(end, None)
         rest = solution[rows] - factor[below, rows].T @ solution[below]
-        solution[rows] = np.linalg.inv(factor[rows, rows]).T @ rest
+        solution[rows] = inverses[number].T @ rest
     return solution
 
 
@@ -190,6 +206,13 @@ def damping(covariance: Array, ridge: float) -> float:
     """
     mean = float(np.trace(covariance)) / max(len(covariance), 1)
     return ridge * (mean if mean > UNDERFLOW else 1.0)
+
+
+def _raised(matrix: Array, rho: float) -> Array:
+    """``A + ρI``."""
+    raised = matrix.copy()
+    np.einsum("ii->i", raised)[:] += rho
+    return raised
 
 
 def shrunk(covariance: Array, count: int) -> Array:
@@ -254,7 +277,7 @@ def regress(moments: Moments, prior: Array, ridge: float) -> tuple[Array, Array]
         ``W`` [O, D] and ``b`` [O].
     """
     rho = damping(moments.covariance, ridge)
-    damped = moments.covariance + rho * np.eye(len(moments.covariance))
+    damped = _raised(moments.covariance, rho)
     weight = solve_positive_definite(damped, moments.cross + rho * prior.T).T
     return weight, moments.mean_y - weight @ moments.mean_x
 
@@ -374,7 +397,7 @@ class _State:
         if len(weight) > weight.shape[1]:  # only WᵀW enters the error: keep its square root
             weight = np.asarray(np.linalg.qr(weight, mode="r"), np.float64)
         identity = np.eye(len(block.moment))
-        damped = block.moment + damping(block.moment, damp) * identity
+        damped = _raised(block.moment, damping(block.moment, damp))
         inverse = solve_positive_definite(damped, identity)
         return cls(weight, (inverse + inverse.T) / 2, block.columns, block.scale)
 
@@ -469,6 +492,6 @@ def best_fit(moment: Array, weight: Array, kept: Indices, *, damp: float = 1e-3)
         ``W'``, [O, s].
     """
     rho = damping(moment, damp)
-    own = moment[np.ix_(kept, kept)] + rho * np.eye(len(kept))
+    own = _raised(moment[np.ix_(kept, kept)], rho)
     right = moment[kept] @ weight.T + rho * weight[:, kept].T
     return solve_positive_definite(own, right).T

@@ -157,7 +157,7 @@ class RowSource:
             pairs = self._drawn(feeds, found, number, number * plan.folds // runs)
             for name, array in ((plan.data, pairs.x), (plan.total, pairs.y)):
                 # Sums of finite numbers overflow to infinity only where refitting is pointless too.
-                if not np.isfinite(array.sum(dtype=np.float64)):
+                if not np.isfinite(array.sum()):
                     raise DataError(
                         f"tensor '{name}' has NaN or infinite values on calibration samples",
                         hint="Check the model and the samples: a float model must give finite "
@@ -179,17 +179,17 @@ class RowSource:
             there, y = answers.there[number], answers.rows[number]
             rows = chosen_rows(feeds, there, plan.max_rows)
         else:
-            every = axis_last(floating(found[plan.total]), plan.axis)
-            there = len(every)
+            total = found[plan.total]
+            there = total.size // total.shape[plan.axis]
             rows = chosen_rows(feeds, there, plan.max_rows)
-            y = every if rows is None else every[rows]
+            y = rows_along(floating(total), plan.axis, rows)
             if answers is not None and len(answers.rows) == number:
                 answers.add(there, y)
         x = unfolded(floating(found[plan.data]), plan.unfold, plan.channels, rows, there)
         shortcut = None
         if plan.shortcut is not None:
-            shortcut = axis_last(floating(found[plan.shortcut]), plan.axis)
-            shortcut = picked(shortcut, rows, plan.outputs)
+            shortcut = rows_along(floating(found[plan.shortcut]), plan.axis, rows)
+            shortcut = picked(shortcut, None, plan.outputs)
         return Pairs(fold, x, picked(y, None, plan.outputs), shortcut)
 
 
@@ -220,6 +220,15 @@ def axis_last(array: Floating, axis: int) -> Floating:
     return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
 
 
+def rows_along(array: Floating, axis: int, rows: Indices | None) -> Floating:
+    """Some rows of :func:`axis_last`, without making the others; all for None."""
+    if rows is None:
+        return axis_last(array, axis)
+    moved = np.moveaxis(array, axis, -1)
+    taken: Floating = moved[np.unravel_index(rows, moved.shape[:-1])]
+    return taken
+
+
 def unfolded(
     x: Floating, unfold: Unfold, channels: Mask, rows: Indices | None, there: int
 ) -> Floating:
@@ -242,21 +251,22 @@ def unfolded(
         flat = axis_last(x, unfold.axis)
         _check(len(flat), there)
         return picked(flat, rows, channels)[np.newaxis]
-    half = len(unfold.pads) // 2
-    pads = [(0, 0), *zip(unfold.pads[:half], unfold.pads[half:], strict=True), (0, 0)]
+    begins = unfold.pads[: len(unfold.pads) // 2]
+    ends = unfold.pads[len(begins) :]
     if not channels.all():
         x = x[:, channels]
     last = np.moveaxis(x, 1, -1)
-    grid = ConvGrid(
-        unfold, tuple(n + a + b for n, (a, b) in zip(x.shape[2:], pads[1:-1], strict=True))
-    )
+    lengths = tuple(n + a + b for n, a, b in zip(x.shape[2:], begins, ends, strict=True))
+    grid = ConvGrid(unfold, lengths)
     _check(len(x) * grid.per_sample, there)
-    padded = np.pad(last, pads) if any(unfold.pads) else np.ascontiguousarray(last)
+    padded = np.zeros((len(x), *lengths, x.shape[1]), x.dtype)
+    inner = (slice(a, a + n) for a, n in zip(begins, x.shape[2:], strict=True))
+    padded[(slice(None), *inner)] = last
     flat = padded.reshape(-1, x.shape[1])
     every = np.arange(there, dtype=np.int64) if rows is None else rows
     sample, place = np.divmod(every, grid.per_sample)
     positions = grid.places()[place] + (sample * int(np.prod(grid.padded)))[:, np.newaxis]
-    taken: Floating = flat[positions]  # [k, taps, C]
+    taken: Floating = flat.take(positions, axis=0)  # [k, taps, C]
     if unfold.groups == 1:
         return taken.reshape(1, len(every), -1)
     split = np.moveaxis(taken.reshape(len(every), unfold.taps, unfold.groups, -1), 2, 0)

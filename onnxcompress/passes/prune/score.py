@@ -37,6 +37,9 @@ from onnxcompress.passes.prune.suffix import Suffix
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
+_Moment = tuple[Array, Array]
+"""``H`` of a layer that reads a group, [G, D, D], and the means of its inputs, [G, D]."""
+
 ROWS_PER_COLUMN = 50
 """Rows collected for each unfolded input; fewer than 10 overfit."""
 MIN_ROWS = 16384
@@ -213,7 +216,8 @@ class Scored:
 
     def rank(self, options: PruneOptions, seed: int, suffix: Suffix | None) -> Ranking:
         """The order of removal, scaled by errors measured when parts of what is left go."""
-        order, losses, basis = self._curve(options, seed)
+        moments = [self._moment(reader) for reader in self.readers]
+        order, losses, basis = self._curve(options, seed, moments)
         gone = self.state.removed.get(self.group.index, np.zeros(0, np.int64))
         order = np.concatenate([gone, order[~np.isin(order, gone)]])
         losses = losses - losses[len(gone)]
@@ -223,7 +227,8 @@ class Scored:
         for share in (*PROBED, 1.0) if self._whole else PROBED:
             count = len(gone) + max(1, min(int(left * share), len(order) - len(gone)))
             if count < len(losses) and losses[count] > 0 and count not in scales:
-                scales[count] = self._measured(order[:count], options, suffix) / losses[count]
+                error = self._measured(order[:count], options, suffix, moments)
+                scales[count] = error / losses[count]
         return Ranking(self.group, order, losses * between(scales, len(losses)), basis)
 
     @property
@@ -231,15 +236,21 @@ class Scored:
         """Whether all units may go."""
         return self.group.index in self.state.branches
 
-    def _measured(self, removed: Indices, options: PruneOptions, suffix: Suffix | None) -> float:
+    def _measured(
+        self,
+        removed: Indices,
+        options: PruneOptions,
+        suffix: Suffix | None,
+        moments: Sequence[_Moment],
+    ) -> float:
         """The error of the model's outputs when ``removed`` are gone from this group."""
         if suffix is not None:
-            return suffix.error_of(self._weights(removed, refit=options.recover))
+            return suffix.error_of(self._weights(removed, moments if options.recover else None))
         variant = mask(
             self.model, self.state.coupling, {**self.state.removed, self.group.index: removed}
         )
         if options.recover:
-            for name, array in self._weights(removed, refit=True).items():
+            for name, array in self._weights(removed, moments).items():
                 set_initializer(variant.graph, name, array)
         return self.state.probe.error_of(variant)
 
@@ -257,9 +268,12 @@ class Scored:
         )
         return np.repeat(stays.reshape(consumer.groups, channels), consumer.taps, axis=1)
 
-    def _curve(self, options: PruneOptions, seed: int) -> tuple[Indices, Array, str]:
+    def _curve(
+        self, options: PruneOptions, seed: int, moments: Sequence[_Moment]
+    ) -> tuple[Indices, Array, str]:
         criterion = options.importance
-        blocks = [b for r in self.readers for b in self._blocks(r)]
+        pairs = zip(self.readers, moments, strict=True)
+        blocks = [b for reader, (moment, _) in pairs for b in self._blocks(reader, moment)]
         if criterion in {Importance.AUTO, Importance.OBS} and blocks:
             found = eliminate(blocks, keep=0 if self._whole else 1)
             if options.recover:
@@ -295,7 +309,7 @@ class Scored:
             scores += importance.normalized(part)
         return scores
 
-    def _moment(self, reader: Reader) -> tuple[Array, Array]:
+    def _moment(self, reader: Reader) -> _Moment:
         """``H`` [G, D, D], centred where a bias can take up the mean, and the means [G, D]."""
         found = self.statistics[moments_request(reader.consumer)]
         covariance = np.stack([shrunk(c, found.count) for c in found.covariance])
@@ -310,17 +324,21 @@ class Scored:
         """``W`` [G, O/G, D], zero where nothing is read any longer."""
         return reader.consumer.matrix(self.model) * self._alive(reader)[:, None, :]
 
-    def _blocks(self, reader: Reader) -> list[Block]:
-        moment, _ = self._moment(reader)
+    def _blocks(self, reader: Reader, moment: Array) -> list[Block]:
         weight = self._weight(reader)
-        energy = float(np.einsum("god,gde,goe->", weight, moment, weight))
+        energy = float(np.sum(weight @ moment * weight))
         scale = 1.0 / energy if energy > 0 else 0.0
         return [Block(weight[g], moment[g], columns, scale) for g, columns in reader.columns]
 
-    def _weights(self, removed: Indices, *, refit: bool) -> dict[str, npt.NDArray[np.generic]]:
-        """The readers' initializers without the removed units, refitted to make up for them."""
+    def _weights(
+        self, removed: Indices, moments: Sequence[_Moment] | None
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """The readers' initializers without the removed units.
+
+        With ``moments`` of each reader they are refitted to make up for them.
+        """
         stored: dict[str, npt.NDArray[np.generic]] = {}
-        for reader in self.readers:
+        for number, reader in enumerate(self.readers):
             consumer = reader.consumer
             if consumer.obstacle:
                 continue
@@ -329,8 +347,8 @@ class Scored:
             shift = np.zeros(consumer.outputs)
             for g, columns in reader.columns:
                 fitted[g][:, columns[removed].ravel()] = 0.0
-            if refit:
-                moment, mean = self._moment(reader)
+            if moments is not None:
+                moment, mean = moments[number]
                 for g, columns in reader.columns:
                     gone = columns[removed].ravel()
                     kept = np.setdiff1d(np.arange(consumer.width), gone)

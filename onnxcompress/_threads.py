@@ -1,16 +1,22 @@
-"""How many cores there are, and how many threads numpy's linear algebra uses while passes run."""
+"""How many cores there are, and what runs on them side by side while passes run."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from onnxcompress._serialize import initializers
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 WIDE = 2048
 """Inputs or outputs of a layer from which on its factorizations are worth several threads."""
@@ -21,6 +27,42 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Each(Protocol):
+    """As :func:`map`: does something to each item, perhaps side by side."""
+
+    def __call__(
+        self, function: Callable[[_Item], _Result], items: Iterable[_Item], /
+    ) -> Iterator[_Result]:
+        """The results, in the order of the items."""
+        ...
+
+
+@contextmanager
+def side_by_side(workers: int) -> Iterator[Each]:
+    """A :func:`map` that does ``workers`` things at a time, or :func:`map` itself for one.
+
+    Items are taken as the work on those before them comes to an end, by the thread that asks for
+    results: few are held at a time. The function must not use the same map.
+    """
+    if workers < 2:
+        yield map
+        return
+    with ThreadPoolExecutor(workers) as pool:
+
+        def each(
+            function: Callable[[_Item], _Result], items: Iterable[_Item], /
+        ) -> Iterator[_Result]:
+            running: deque[Future[_Result]] = deque()
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) > workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
+        yield each
 
 
 @contextmanager

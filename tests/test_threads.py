@@ -1,13 +1,15 @@
-"""Threads of numpy's linear algebra while passes run."""
+"""What runs side by side while passes run: work on many items, numpy's linear algebra."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from onnxcompress._threads import WIDE, linear_algebra
+from onnxcompress._threads import WIDE, linear_algebra, side_by_side
 
 
 def model(*shapes: tuple[int, ...]) -> ir.Model:
@@ -47,3 +49,20 @@ def test_only_wide_layers_get_threads(
         with linear_algebra(model(*shapes), given):
             assert threads() == {wanted}
         assert threads() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_results_come_in_order_and_few_items_are_taken_ahead(workers: int) -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    with side_by_side(workers) as each:
+        for number, square in enumerate(each(lambda n: n * n, items())):
+            assert square == number**2
+            assert len(taken) <= number + workers + 1
+        with pytest.raises(ZeroDivisionError):
+            list(each(lambda n: 1 / n, [1, 0]))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcompress import model_io
+from onnxcompress._threads import side_by_side
 from onnxcompress.calibration.geometry import weight_order
 from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.errors import DataError, ModelError
@@ -18,7 +19,16 @@ from onnxcompress.numerics.least_squares import Moments, regress
 from onnxcompress.passes.prune.consumers import Consumer, consumer_of
 from onnxcompress.passes.prune.fit import choose
 from onnxcompress.passes.prune.jobs import RIDGES
-from onnxcompress.passes.prune.rows import RowPlan, RowSource, Sums, add, gathered, unfolded
+from onnxcompress.passes.prune.rows import (
+    Products,
+    RowPlan,
+    RowSource,
+    Sums,
+    axis_last,
+    gathered,
+    rows_along,
+    unfolded,
+)
 from onnxcompress.passes.prune.stages import plan_stages
 from onnxcompress.passes.prune.store import ActivationStore
 from onnxcompress.passes.prune.stream import Stream
@@ -92,7 +102,7 @@ def source(
 def test_moments_are_those_of_all_rows(tmp_path: Path) -> None:
     model, consumer, feeds = conv("plain")
     drawn = source(model, consumer, feeds, tmp_path, 10_000)
-    parts = gathered(drawn, 1, 3, own=True, targets=None)
+    parts = gathered(drawn, 1, 3, own=True, target=lambda pairs: pairs.target)
     assert sum(p.own.count for p in parts) == 5 * 9 * 8
     assert all(p.own.count for p in parts)
     chunks = list(drawn)
@@ -110,6 +120,25 @@ def test_moments_are_those_of_all_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(whole.cross.mean_y[0], y.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
+def test_threads_find_the_same_moments(tmp_path: Path) -> None:
+    drawn = source(*conv("plain"), tmp_path, 10_000)
+    alone = gathered(drawn, 1, 3, own=True, target=lambda pairs: pairs.target)
+    with side_by_side(2) as each:
+        beside = gathered(drawn, 1, 3, own=True, target=lambda pairs: pairs.target, each=each)
+    for one, other in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(one.own.products, other.own.products)
+        np.testing.assert_array_equal(one.cross.products, other.cross.products)
+
+
+@pytest.mark.parametrize("axis", [1, -1, 0])
+def test_some_rows_are_those_of_all(axis: int) -> None:
+    array = np.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    every = axis_last(array, axis)
+    np.testing.assert_array_equal(rows_along(array, axis, None), every)
+    rows = np.array([0, 3, len(every) - 1])
+    np.testing.assert_array_equal(rows_along(array, axis, rows), every[rows])
+
+
 def test_moments_far_from_zero_keep_their_digits() -> None:
     rng = np.random.default_rng(1)
     x = (rng.normal(size=(1, 500, 3)) + 1e4).astype(np.float32)
@@ -117,7 +146,7 @@ def test_moments_far_from_zero_keep_their_digits() -> None:
     sums = Sums()
     for part in range(5):
         rows = slice(100 * part, 100 * part + 100)
-        add(sums, x[:, rows], y[rows], 1, own=True)
+        sums.add(Products.of(x[:, rows], y[rows], 1, own=True))
     exact = x[0].astype(np.float64)
     exact -= exact.mean(axis=0)
     np.testing.assert_allclose(sums.own.products[0], exact.T @ exact, rtol=1e-4, atol=1e-2)

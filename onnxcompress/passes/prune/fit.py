@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress._threads import Each
 from onnxcompress.numerics.clipping import Bounds, clipped_target
 from onnxcompress.numerics.least_squares import Moments, regress, residual_energy
 from onnxcompress.passes.prune.jobs import RIDGES, Job, Refit
-from onnxcompress.passes.prune.rows import Floating, RowSource, Sums, add, gathered
+from onnxcompress.passes.prune.rows import Floating, Pairs, RowSource, Sums, gathered
 from onnxcompress.passes.prune.score import row_limit
 
 Array = npt.NDArray[np.float64]
@@ -94,12 +95,20 @@ class Fitting:
         source: Its rows.
         folds: Parts the samples are divided into; 1: none are held out.
         ridge: The ridge; 0 chooses it.
+        each: Runs over parts of the work.
     """
 
     def __init__(
-        self, model: ir.Model, job: Job, source: RowSource, folds: int, ridge: float
+        self,
+        model: ir.Model,
+        job: Job,
+        source: RowSource,
+        folds: int,
+        ridge: float,
+        each: Each = map,
     ) -> None:
         self._job, self._source, self._folds, self._ridge = job, source, folds, ridge
+        self._each = each
         self._weight = job.consumer.matrix(model)
         self._bias = job.consumer.bias_vector(model)
         self._parts = list(self._places())
@@ -141,9 +150,7 @@ class Fitting:
             known: For each group a ridge that is taken as it is; None: it is chosen.
         """
         known = known or (None,) * len(self._parts)
-        sums = gathered(
-            self._source, self._job.consumer.groups, self._folds, own=True, targets=None
-        )
+        sums = self._gathered(lambda pairs: pairs.target, own=True)
         ridges = [
             self._solve(part, sums, sums, ridge)
             for part, ridge in zip(self._parts, known, strict=True)
@@ -159,20 +166,23 @@ class Fitting:
 
     def _turn(self, bounds: Bounds, sums: Sequence[Sums], ridges: Sequence[float | None]) -> None:
         """One refit towards what the activation lets through, with the ridges found before."""
-        groups = self._job.consumer.groups
-        found = [Sums() for _ in sums]
         predict = self._predictor()
-        for pairs in self._source:
+
+        def passed(pairs: Pairs) -> Floating:
             now = predict(pairs.x)
             if pairs.shortcut is not None:
                 now = now + pairs.shortcut
             target = clipped_target(pairs.y, now.astype(pairs.y.dtype), bounds)
-            if pairs.shortcut is not None:
-                target = target - pairs.shortcut
-            add(found[pairs.fold], pairs.x, target, groups, own=False)
+            return target if pairs.shortcut is None else target - pairs.shortcut
+
+        found = self._gathered(passed, own=False)
         for part, ridge in zip(self._parts, ridges, strict=True):
             if ridge is not None and np.isfinite(ridge):
                 self._solve(part, sums, found, ridge)
+
+    def _gathered(self, target: Callable[[Pairs], Floating], *, own: bool) -> list[Sums]:
+        groups = self._job.consumer.groups
+        return gathered(self._source, groups, self._folds, own=own, target=target, each=self._each)
 
     def _predictor(self) -> Callable[[Floating], Floating]:
         """From ``x`` [G, k, D] to the layer's output now, [k, O]."""
@@ -230,7 +240,7 @@ class Fitting:
         prior = self._weight[part.group][place]
         chosen = known
         if known is None:
-            chosen = choose(moments, prior, self._bias[absolute], self._ridge)
+            chosen = choose(moments, prior, self._bias[absolute], self._ridge, self._each)
         if chosen is None:
             return None
         whole = _sum(moments)
@@ -243,7 +253,9 @@ class Fitting:
         return chosen
 
 
-def choose(folds: Sequence[Moments], prior: Array, bias: Array, ridge: float) -> float | None:
+def choose(
+    folds: Sequence[Moments], prior: Array, bias: Array, ridge: float, each: Each = map
+) -> float | None:
     """The ridge whose weights serve samples best that they were not fitted to.
 
     Infinite stands for the old weights with a new bias, None for no change at all.
@@ -253,6 +265,7 @@ def choose(folds: Sequence[Moments], prior: Array, bias: Array, ridge: float) ->
         prior: The old weights, [O, D].
         bias: The old bias, [O].
         ridge: The ridge, or 0 to choose it from :data:`RIDGES`.
+        each: Runs over the parts that are held out.
     """
     if len(folds) == 1:
         return ridge or _FALLBACK_RIDGE
@@ -261,9 +274,11 @@ def choose(folds: Sequence[Moments], prior: Array, bias: Array, ridge: float) ->
     splits = [(_sum([m for j, m in enumerate(folds) if j != i]), m) for i, m in enumerate(folds)]
 
     def energy(weights: Callable[[Moments], tuple[Array, Array]]) -> float:
-        return sum(
-            held.count * float(residual_energy(held, *weights(fit)).sum()) for fit, held in splits
-        )
+        def missed(number: int) -> float:
+            fit, held = splits[number]
+            return held.count * float(residual_energy(held, *weights(fit)).sum())
+
+        return sum(each(missed, range(len(splits))))
 
     found: dict[int, float] = {}
 

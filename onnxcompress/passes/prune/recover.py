@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcompress._threads import side_by_side
 from onnxcompress.calibration.join import join
 from onnxcompress.calibration.statistics import REFERENCE_PREFIX
 from onnxcompress.context import PassContext
@@ -48,6 +49,7 @@ from onnxcompress.passes.prune.memory import Memory
 from onnxcompress.passes.prune.norms import Norm
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.pairs import Pair, pairs_of
+from onnxcompress.passes.prune.ranking import workers_of
 from onnxcompress.passes.prune.recurrent import Recurrent
 from onnxcompress.passes.prune.rows import RowSource
 from onnxcompress.passes.prune.stages import plan_stages
@@ -114,7 +116,7 @@ def recover(
     changes: list[Change] = []
     wanted = [both.wanted(level, memory, effort, pairs) for level in levels]
     again = {n for pair in pairs.values() for n in pair.nodes}
-    with _Running(both, wanted, again, ctx) as running:
+    with _Running(both, wanted, again, ctx) as running, side_by_side(workers_of(ctx)) as each:
         for number, level in enumerate(levels, start=1):
             text = f"prune: refitting layers, step {number} of {len(levels)}"
             stream = running.advance(number, text)
@@ -147,7 +149,7 @@ def recover(
                 answers = None if memory is None else memory.answers(job, max_rows)
                 known = None if memory is None else memory.ridges(job)
                 source = RowSource(stream, plan, answers)
-                fitting = Fitting(both.model, job, source, folds, options.ridge)
+                fitting = Fitting(both.model, job, source, folds, options.ridge, each)
                 fit = fitting.run(effort.turns, known)
                 if memory is not None:
                     memory.keep(job, fit.refit)

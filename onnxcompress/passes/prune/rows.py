@@ -6,12 +6,13 @@ they are unfolded once and kept as long as they are small enough; else they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxcompress._threads import Each
 from onnxcompress.calibration.accumulate import CrossSums
 from onnxcompress.calibration.feeds import RunFeeds
 from onnxcompress.calibration.geometry import ConvGrid, weight_order
@@ -47,10 +48,66 @@ class Pairs:
     shortcut: Floating | None
 
     @property
+    def target(self) -> Floating:
+        """What the layer should answer, [k, O]."""
+        return self.y if self.shortcut is None else self.y - self.shortcut
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return (
             self.x.nbytes + self.y.nbytes + (0 if self.shortcut is None else self.shortcut.nbytes)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Sums over some rows about shifts near their means.
+
+    Attributes:
+        count: Number of rows.
+        shift_x: ``s``, [G, D].
+        shift_y: ``t``, [G, O/G].
+        left_x: ``Σ(x - s)``, [G, D].
+        left_y: ``Σ(y - t)``, [G, O/G].
+        own: ``Σ(x - s)(x - s)ᵀ``, [G, D, D]; None where it was not asked for.
+        cross: ``Σ(x - s)(y - t)ᵀ``, [G, D, O/G].
+    """
+
+    count: int
+    shift_x: npt.NDArray[np.float64]
+    shift_y: npt.NDArray[np.float64]
+    left_x: npt.NDArray[np.float64]
+    left_y: npt.NDArray[np.float64]
+    own: Floating | None
+    cross: Floating
+
+    @classmethod
+    def of(cls, x: Floating, y: Floating, groups: int, *, own: bool) -> Products:
+        """Sum over rows.
+
+        Args:
+            x: [G, k, D].
+            y: [k, O].
+            groups: ``G``.
+            own: Whether to sum ``x xᵀ`` too.
+        """
+        count = x.shape[1]
+        mean_x = x.mean(axis=1, dtype=np.float64)
+        mean_y = y.mean(axis=0, dtype=np.float64)
+        centred = x - mean_x[:, np.newaxis].astype(x.dtype)
+        target = (y - mean_y.astype(y.dtype)).reshape(count, groups, -1).swapaxes(0, 1)
+        left_x = mean_x - mean_x.astype(x.dtype)
+        left_y = (mean_y - mean_y.astype(y.dtype)).reshape(groups, -1)
+        across = centred.swapaxes(1, 2)
+        return cls(
+            count,
+            mean_x - left_x,
+            mean_y.reshape(groups, -1) - left_y,
+            left_x * count,
+            left_y * count,
+            across @ centred if own else None,
+            across @ target,
         )
 
 
@@ -65,6 +122,13 @@ class Sums:
 
     own: CrossSums = field(default_factory=CrossSums)
     cross: CrossSums = field(default_factory=CrossSums)
+
+    def add(self, found: Products) -> None:
+        """Take in the sums over more rows."""
+        x = (found.shift_x, found.left_x)
+        if found.own is not None:
+            self.own.update_shifted(found.count, *x, *x, found.own)
+        self.cross.update_shifted(found.count, *x, found.shift_y, found.left_y, found.cross)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +359,13 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
 
 
 def gathered(
-    source: RowSource, groups: int, folds: int, *, own: bool, targets: Mapping[int, Floating] | None
+    source: RowSource,
+    groups: int,
+    folds: int,
+    *,
+    own: bool,
+    target: Callable[[Pairs], Floating],
+    each: Each = map,
 ) -> list[Sums]:
     """Moments of each fold.
 
@@ -304,40 +374,14 @@ def gathered(
         groups: Groups ``G`` of the layer.
         folds: How many parts the samples are in.
         own: Whether to sum ``x xᵀ`` too.
-        targets: For chunk ``i``, what to fit to in place of ``y``, [k, O], the shortcut subtracted.
+        target: What to fit rows to, [k, O].
+        each: Runs over parts of the rows.
     """
+
+    def summed(pairs: Pairs) -> tuple[int, Products]:
+        return pairs.fold, Products.of(pairs.x, target(pairs), groups, own=own)
+
     found = [Sums() for _ in range(folds)]
-    for number, pairs in enumerate(source):
-        sums = found[pairs.fold]
-        y = pairs.y if pairs.shortcut is None else pairs.y - pairs.shortcut
-        add(sums, pairs.x, y if targets is None else targets[number], groups, own=own)
+    for fold, products in each(summed, (pairs for pairs in source if len(pairs.y))):
+        found[fold].add(products)
     return found
-
-
-def add(sums: Sums, x: Floating, y: Floating, groups: int, *, own: bool) -> None:
-    """Add rows to the moments of a part.
-
-    Args:
-        sums: The moments.
-        x: [G, k, D].
-        y: [k, O].
-        groups: ``G``.
-        own: Whether to sum ``x xᵀ`` too.
-    """
-    count = x.shape[1]
-    if not count:
-        return
-    shift_x = x.mean(axis=1, dtype=np.float64)
-    shift_y = y.mean(axis=0, dtype=np.float64)
-    centred = x - shift_x[:, np.newaxis].astype(x.dtype)
-    target = (y - shift_y.astype(y.dtype)).reshape(count, groups, -1).swapaxes(0, 1)
-    left_x = shift_x - shift_x.astype(x.dtype)
-    left_y = (shift_y - shift_y.astype(y.dtype)).reshape(groups, -1)
-    across = centred.swapaxes(1, 2)
-    mean_x, mean_y = shift_x - left_x, shift_y.reshape(groups, -1) - left_y
-    if own:
-        products = across @ centred
-        sums.own.update_shifted(count, mean_x, left_x * count, mean_x, left_x * count, products)
-    sums.cross.update_shifted(
-        count, mean_x, left_x * count, mean_y, left_y * count, across @ target
-    )

@@ -13,16 +13,18 @@ from moments of the model as it is, which need one run of the data for all branc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxcompress._threads import Each
 from onnxcompress.calibration.statistics import (
     REFERENCE_PREFIX,
     CrossMomentsRequest,
     CrossMomentsResult,
+    Statistics,
 )
 from onnxcompress.context import PassContext
 from onnxcompress.graph.coupling import Coupling
@@ -34,7 +36,7 @@ from onnxcompress.passes.prune.consumers import Consumer, Layers
 from onnxcompress.passes.prune.jobs import Job, jobs_of
 from onnxcompress.passes.prune.probe import OutputProbe
 from onnxcompress.passes.prune.score import Ranking
-from onnxcompress.passes.prune.suffix import SuffixProbe
+from onnxcompress.passes.prune.suffix import Suffix, SuffixProbe
 
 Weights = dict[str, npt.NDArray[np.generic]]
 
@@ -84,6 +86,8 @@ def with_fronts(
     layers: Layers,
     whole: OutputProbe,
     ctx: PassContext,
+    measuring: PassContext,
+    each: Each,
 ) -> list[Ranking]:
     """Rankings with the loss of last steps measured behind a refit of the layers in front.
 
@@ -97,6 +101,8 @@ def with_fronts(
         layers: The linear layers.
         whole: Measures the outputs, on samples that nothing was fitted to.
         ctx: The job, with samples to fit to.
+        measuring: The job as it measures the outputs.
+        each: Measures, perhaps side by side.
     """
     fronts = {
         r.group.index: front
@@ -110,21 +116,38 @@ def with_fronts(
     ordered = sorted(fronts, key=lambda g: min(places[n] for n in fronts[g].nodes))
     measured: dict[int, float] = {}
     changed = {g: (fronts[g].nodes, fronts[g].written) for g in ordered}
+
+    def error(trial: tuple[int, Suffix, Weights]) -> tuple[int, float]:
+        group, suffix, weights = trial
+        return group, suffix.error_of(weights)
+
     with (
-        SuffixProbe(model, whole, ctx, changed) as probe,
+        SuffixProbe(model, whole, measuring, changed) as probe,
         ctx.progress.task("prune: trying without branches", len(ordered)) as task,
     ):
         for batch in batches_within(ordered, lambda g: fronts[g].nbytes, MOMENT_BYTES):
             requests = dict.fromkeys(r for g in batch for r in fronts[g].fitted.values())
             text = "prune: moments in front of branches"
             statistics = ctx.collect(model, requests, description=text)
-            for group in batch:
-                suffix = probe.at(group)
-                if suffix is not None:
-                    found = {c: statistics[r] for c, r in fronts[group].fitted.items()}
-                    measured[group] = suffix.error_of(_weights(model, fronts[group], found))
+            for group, found in each(error, _trials(model, probe, fronts, batch, statistics)):
+                measured[group] = found
                 task.advance()
     return [_lowered(r, measured.get(r.group.index)) for r in rankings]
+
+
+def _trials(
+    model: ir.Model,
+    probe: SuffixProbe,
+    fronts: Mapping[int, _Front],
+    groups: Sequence[int],
+    statistics: Statistics,
+) -> Iterator[tuple[int, Suffix, Weights]]:
+    """For each group that can be measured what lies behind, and the weights without it."""
+    for group in groups:
+        suffix = probe.at(group)
+        if suffix is not None:
+            found = {c: statistics[r] for c, r in fronts[group].fitted.items()}
+            yield group, suffix, _weights(model, fronts[group], found)
 
 
 def _front(model: ir.Model, coupling: Coupling, group: int, layers: Layers) -> _Front | None:

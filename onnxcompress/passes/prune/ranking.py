@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxcompress._threads import usable_cores
+from onnxcompress._threads import side_by_side, usable_cores
 from onnxcompress.context import PassContext
 from onnxcompress.errors import DataError
 from onnxcompress.graph.coupling import Coupling, Group
@@ -110,7 +110,10 @@ def rank_with_data(
                     task.advance()
     found = [rankings[g.index] for g in groups]
     if options.recover and not any(len(units) for units in removed.values()):
-        return with_fronts(model, coupling, found, branches, layers, whole, ctx)
+        with side_by_side(workers) as each:
+            return with_fronts(
+                model, coupling, found, branches, layers, whole, ctx, measuring, each
+            )
     return found
 
 

@@ -17,7 +17,8 @@ error and a power of the time wins.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -190,12 +191,12 @@ class Judge:
             (None, None) if ctx.calibration is None else split(ctx.calibration, place)
         )
         self.workers = min(workers_of(ctx), _ROUND)
-        session = dataclasses.replace(ctx.session, threads=1) if self.workers > 1 else ctx.session
         group = 1 if fitting is None else fitting.layout.group or 1
         some = None if fitting is None else fitting.spread(max(samples // group, 1) * group)
-        self._ctx = dataclasses.replace(
-            ctx, calibration=some, session=session, progress=SilentProgress()
-        )
+        self._alone = dataclasses.replace(ctx, calibration=some, progress=SilentProgress())
+        threads = 1 if self.workers > 1 else ctx.session.threads
+        session = dataclasses.replace(ctx.session, threads=threads)
+        self._ctx = dataclasses.replace(self._alone, session=session)
         self._memory = Memory()
         self._probe = (
             None
@@ -212,20 +213,32 @@ class Judge:
         """Take over what another judge of the same model knows that is no matter of samples."""
         self._memory = other._memory.without_answers
 
-    def errors_of(self, plans: Sequence[Plan]) -> Iterator[float]:
-        """The error of each plan on samples that it was not fitted to."""
-        # Cloned here: threads must not read a graph while others do.
-        copies = [model_io.clone(self._model) for _ in plans]
-        known, filling = self._memory, Memory()
-        # Of plans that run side by side the first one is remembered, whichever ends first.
-        first: list[Memory | None] = [filling, *[None] * (len(plans) - 1)]
-        memories = [known] * len(plans) if known.filled else first
-        with ThreadPoolExecutor(self.workers) as pool:
-            yield from pool.map(self._error_of, copies, plans, memories)
-        if not known.filled:
-            self._memory = dataclasses.replace(filling, filled=True)
+    def errors_of(self, plans: Iterable[Plan]) -> Iterator[float]:
+        """The error of each plan on samples that it was not fitted to.
 
-    def _error_of(self, candidate: ir.Model, plan: Plan, memory: Memory | None) -> float:
+        A plan is taken, by the thread that asks for errors, while those before it are tried.
+        """
+        tasks = iter(plans)
+        if not self._memory.filled:
+            # What the first one finds serves all others, so it has all cores to itself.
+            filling = Memory()
+            for plan in itertools.islice(tasks, 1):
+                error = self._error_of(self._copy(), plan, filling, self._alone)
+                self._memory = dataclasses.replace(filling, filled=True)
+                yield error
+        memory, ctx = self._memory, self._ctx
+
+        def error_of(task: tuple[ir.Model, Plan]) -> float:
+            return self._error_of(*task, memory, ctx)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(error_of, ((self._copy(), plan) for plan in tasks))
+
+    def _copy(self) -> ir.Model:
+        """A model to refit. Threads must not read a graph while others do: one makes them all."""
+        return model_io.clone(self._model)
+
+    def _error_of(self, candidate: ir.Model, plan: Plan, memory: Memory, ctx: PassContext) -> float:
         if self._probe is None:
             return 0.0
         recover(
@@ -235,7 +248,7 @@ class Judge:
             plan,
             self._layers,
             self._options,
-            self._ctx,
+            ctx,
             QUICK,
             memory,
         )
@@ -276,26 +289,35 @@ def best_plan(
     rng = np.random.default_rng(ctx.seed)
     trials: dict[tuple[tuple[int, int], ...], Trial] = {}
     factors = losses.learned(())
-    with ctx.progress.task("prune: comparing plans", count) as task:
-        waiting: dict[tuple[tuple[int, int], ...], Plan] = {_key(first): first}
-        while len(trials) < count:
-            room = min(_ROUND, count - len(trials))
-            for attempt in range(_ATTEMPTS):
-                if len(waiting) >= room:
-                    break
-                likely = attempt < 1 + timed
-                drawn = factors.likely if likely else factors.drawn(rng, losses.width)
-                plan = make(losses.times(drawn), timed and attempt % 2 == 1)
-                if _key(plan) not in trials:
-                    waiting.setdefault(_key(plan), plan)
-            if not waiting:
+
+    def plans(factors: Factors, fresh: list[Plan]) -> Iterator[Plan]:
+        """The plans of a round, none of them known, as they are made; they are put down, too."""
+        room = min(_ROUND, count - len(trials))
+        known = set(trials)
+        if not known:
+            known.add(_key(first))
+            fresh.append(first)
+            yield first
+        for attempt in range(_ATTEMPTS):
+            if len(fresh) >= room:
                 break
-            for (key, plan), error in zip(
-                waiting.items(), judge.errors_of(list(waiting.values())), strict=True
-            ):
-                trials[key] = Trial(plan, time_left(plan), error)
+            likely = attempt < 1 + timed
+            drawn = factors.likely if likely else factors.drawn(rng, losses.width)
+            plan = make(losses.times(drawn), timed and attempt % 2 == 1)
+            if _key(plan) not in known:
+                known.add(_key(plan))
+                fresh.append(plan)
+                yield plan
+
+    with ctx.progress.task("prune: comparing plans", count) as task:
+        while len(trials) < count:
+            fresh: list[Plan] = []
+            for place, error in enumerate(judge.errors_of(plans(factors, fresh))):
+                plan = fresh[place]
+                trials[_key(plan)] = Trial(plan, time_left(plan), error)
                 task.advance()
-            waiting = {}
+            if not fresh:
+                break
             costs = [t.cost for t in trials.values()]
             if costs.index(min(costs)) < len(costs) - _PATIENCE * _ROUND:
                 break

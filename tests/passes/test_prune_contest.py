@@ -182,9 +182,18 @@ def test_what_the_first_plan_found_serves_the_others(tmp_path: Path) -> None:
     assert again == pytest.approx(first, rel=1e-4)
     (alone,) = judge().errors_of([other])
     assert later == pytest.approx(alone, rel=0.2)
-    # Of plans side by side the first one is remembered, in whatever order they end.
-    beside = judge()
-    assert list(beside.errors_of([plan, other]))[1] == alone
+    # The first one is remembered before the next is even made.
+    beside, taken = judge(), []
+
+    def plans() -> Iterator[Plan]:
+        for made in (plan, other):
+            taken.append(made)
+            yield made
+
+    errors = beside.errors_of(plans())
+    assert next(errors) == first
+    assert len(taken) == 1
+    assert list(errors) == [later]
     assert list(beside.errors_of([plan, other])) == [again, later]
     # For other samples only the ridges are good.
     taught = judge()

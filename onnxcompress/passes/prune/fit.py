@@ -28,7 +28,8 @@ Indices = npt.NDArray[np.int64]
 FOLDS = 4
 """Parts the samples are divided into."""
 _WIDE = 2048
-"""Layers wider than this are judged by one half of the samples for the other, to save memory."""
+"""Layers wider than this are judged by one half of the samples for the other, and treated one part
+after the other, to save memory. Their products have threads of their own."""
 _JUDGED = 128
 """Outputs of a layer by which its ridge is chosen at most; all share it."""
 _FEW_ROWS = 4096
@@ -108,7 +109,7 @@ class Fitting:
         each: Each = map,
     ) -> None:
         self._job, self._source, self._folds, self._ridge = job, source, folds, ridge
-        self._each = each
+        self._each = each if job.consumer.width <= _WIDE else map
         self._weight = job.consumer.matrix(model)
         self._bias = job.consumer.bias_vector(model)
         self._parts = list(self._places())

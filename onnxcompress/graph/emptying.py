@@ -329,8 +329,13 @@ def _small(value: ir.Value) -> bool:
 
 def whole(coupling: Coupling, removed: Mapping[int, Units]) -> list[int]:
     """The groups that lose all of their units."""
-    return [
-        index
-        for index, units in removed.items()
-        if len(units) >= (size := coupling.groups[index].size) and len(np.unique(units)) >= size
-    ]
+    return [i for i, units in removed.items() if _covers(units, coupling.groups[i].size)]
+
+
+def _covers(units: Units, size: int) -> bool:
+    """Whether ``units`` are all of 0 to ``size - 1``."""
+    if len(units) < size:
+        return False
+    missing = np.ones(size, np.bool_)
+    missing[units] = False
+    return not missing.any()

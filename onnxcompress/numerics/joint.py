@@ -1,18 +1,22 @@
-"""Two layers with an activation between them, fitted together.
+"""Layers on both sides of a hidden tensor, fitted together.
 
-    y = Σ_t W₂ₜ f(W₁ xₜ + b₁) + b₂
+    y_r = Σ_t W_rₜ h_t + b_r,     h = max_p f(V x_p + v)
 
-``t`` runs over the taps of the second layer. Fitted one after the other, the first layer goes on
-making what it made in the original, though the second one has lost a part of that and could use
-something else. Given ``W₂``, the output is nearly linear in small changes of ``W₁`` (of a Relu
-exactly, as long as no hidden value crosses zero), so that one step of Gauss and Newton is
+Several first layers ``V`` may make channels of the hidden tensor each, and several second layers
+``W_r`` may read them. ``t`` runs over the taps of a second layer, ``p`` over the places that a
+pooling in front of it takes the largest of (one where there is none). Fitted one after the other,
+a first layer goes on making what it made in the original, though those behind have lost a part of
+that and could use something else. Given ``W``, the outputs are nearly linear in small changes of
+``V`` (with a Relu exactly, as long as no hidden value crosses zero and no other place becomes the
+largest), so that one step of Gauss and Newton is
 
-    δ = argmin Σ_rows ‖e - Σ_t W₂ₜ (f'(zₜ) ∘ δ xₜ)‖² + λ‖δ‖²
+    δ = argmin Σ_r w_r Σ_rows ‖e - Σ_t W_rₜ (f'(zₜ) ∘ δ xₜ)‖² + λ‖δ‖²
 
-with ``e`` what is missing now. Conjugate gradients solve it, preconditioned by the Kronecker
-product ``A ⊗ B`` of ``A = Σ_t W₂ₜᵀ W₂ₜ ∘ E[f' f'ᵀ]`` and ``B = E[x xᵀ]``, so that a few turns are
-enough. Then ``W₂`` is fitted anew to what the first layer makes now. Rows that were not fitted to
-say when to stop.
+with ``e`` what is missing now, and ``w_r`` one over the energy of what a layer should answer.
+Conjugate gradients solve it, preconditioned for each first layer by the Kronecker product
+``A ⊗ B`` of ``A = Σ_r w_r Σ_t W_rₜᵀ W_rₜ ∘ Σ f' f'ᵀ`` and ``B = E[x xᵀ]``, so that a few turns are
+enough. Then each ``W_r`` is fitted anew to what the first layers make now. Rows that were not
+fitted to say when to stop.
 
 Source: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
 curvature" (the preconditioner); Björck 1996, "Numerical methods for least squares problems" (Gauss
@@ -23,13 +27,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxcompress._threads import Each
 from onnxcompress.numerics.clipping import Bounds, clipped_target
 from onnxcompress.numerics.least_squares import Moments, damping, regress
 from onnxcompress.numerics.scalar_function import ScalarFunction
@@ -37,14 +43,14 @@ from onnxcompress.numerics.scalar_function import ScalarFunction
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-TURNS = 3
-"""Most turns; each fits both layers once."""
+TURNS = 4
+"""Most turns; each fits all layers once."""
 _SOLVES = 2
 """Conjugate gradients of one step."""
-_DAMPING = 0.1
+_DAMPING = 0.03
 """``λ`` relative to the mean curvature: so far outputs are nearly linear in the weights."""
 RIDGE = 1e-2
-"""Of the second layer if none is known, and of ``A`` and ``B``."""
+"""Of the second layers if none is known, and of ``A`` and ``B``."""
 _ROWS_PER_INPUT = 20
 """Rows for ``B``, for each of the inputs."""
 _SHRINKS = (1.0, 0.5, 0.25)
@@ -58,46 +64,76 @@ the layers stay as they are where all turns together gain no more."""
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What two layers see, and what they should answer.
+    """What a second layer sees, and what it should answer.
 
     Attributes:
-        x: Inputs of the first layer at each tap of the second, [k, T, D].
-        inside: Whether the tap is a position of the hidden tensor and not padding, [k, T].
+        x: Inputs of each first layer at each place of each tap of the second, [k, T · P, D].
+        inside: Whether the place is one of the hidden tensor and not padding, [k, T · P].
         target: What the second layer is to give, before an activation and before the shortcut is
             subtracted, [k, O].
         shortcut: What is added to it, [k, O]; None where nothing is.
     """
 
-    x: Floats
+    x: tuple[Floats, ...]
     inside: npt.NDArray[np.bool_]
     target: Floats
     shortcut: Floats | None
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
-    """The weights of both layers.
+class Task:
+    """A second layer's part in the fit.
 
     Attributes:
-        first: ``W₁``, [H, D].
-        first_bias: ``b₁``, [H].
-        second: ``W₂``, [O, T · H], tap first.
-        second_bias: ``b₂``, [O].
+        fit: Rows to fit to, in parts.
+        held: Rows to judge by, in parts.
+        outer: What the activation behind it clips to.
+        ridge: Pull towards its weights, relative to the mean variance of its inputs.
+        pooled: Places ``P`` that one value is the largest of.
     """
 
-    first: Floats
-    first_bias: Floats
-    second: Floats
-    second_bias: Floats
+    fit: Sequence[Rows]
+    held: Sequence[Rows]
+    outer: Bounds
+    ridge: float = RIDGE
+    pooled: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer.
+
+    Attributes:
+        weight: Of a first layer ``V``, [H, D]; of a second one ``W``, [O, T · H], tap first, with
+            the ``H`` of all first layers side by side.
+        bias: [H] or [O].
+    """
+
+    weight: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers on both sides.
+
+    Attributes:
+        first: Those that make the hidden tensor, in the order of its channels.
+        second: Those that read it.
+    """
+
+    first: tuple[Layer, ...]
+    second: tuple[Layer, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Both layers and what they leave of the rows held out.
+    """The layers and what they leave of the rows held out.
 
     Attributes:
         layers: The weights.
-        before: The error that the given weights leave, relative to the energy of the target.
+        before: The error that the given weights leave, relative to the energy of the targets; the
+            mean over the second layers.
         after: The same of these weights.
     """
 
@@ -108,16 +144,16 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One run through both layers.
+    """One run through the layers.
 
     Attributes:
-        slopes: ``f'``, 0 for padding, [k T, H].
-        hidden: ``f``, likewise, [k, T · H].
+        slopes: ``f'`` for each first layer, 0 for padding and what is not the largest, [k T P, H].
+        hidden: The hidden tensor, likewise, [k, T · H].
         missing: What the outputs should be more, [k, O].
         open: 1 where the outputs can change what is missing, else 0, [k, O].
     """
 
-    slopes: Floats
+    slopes: tuple[Floats, ...]
     hidden: Floats
     missing: Floats
     open: Floats
@@ -128,49 +164,39 @@ class _Pass:
         return float(np.sum(self.missing.astype(np.float64) ** 2))
 
 
-class Each(Protocol):
-    """As :func:`map`: does something to each part of the rows, perhaps side by side."""
-
-    def __call__(self, function: Callable[[int], T], numbers: Iterable[int], /) -> Iterable[T]:
-        """The results, in order."""
-        ...
-
-
 def jointly(
-    fit: Sequence[Rows],
-    held: Sequence[Rows],
+    tasks: Sequence[Task],
     layers: Layers,
-    hidden: ScalarFunction,
-    outer: Bounds,
+    hidden: Sequence[ScalarFunction],
     *,
-    ridge: float = RIDGE,
     turns: int = TURNS,
     each: Each = map,
 ) -> Fitted:
-    """Fit both layers; never worse than the given weights on the rows held out.
+    """Fit all layers; never worse than the given weights on the rows held out.
 
     Args:
-        fit: Rows to fit to, in parts.
-        held: Rows to judge by, in parts.
+        tasks: What each second layer is fitted to.
         layers: The weights to begin with.
-        hidden: The activation between them.
-        outer: What the activation behind them clips to.
-        ridge: Pull of the second layer towards its weights, relative to the mean variance of its
-            inputs.
+        hidden: The activation behind each first layer.
         turns: Most turns.
         each: Runs over parts; in threads, say.
     """
-    own, others = (_Parts(parts, hidden, outer, each) for parts in (fit, held))
+    own = _Parts(tasks, [t.fit for t in tasks], hidden, each)
+    others = _Parts(tasks, [t.held for t in tasks], hidden, each)
     best = layers
     before = least = others.error(layers)
     if before < _NOTHING:
         return Fitted(layers, before, before)
-    whitening = _whitening(fit)
+    whitening = [_whitening([rows.x[m] for _, rows in own.parts]) for m in range(len(hidden))]
+    steps = (
+        functools.partial(_first, own, whitening=whitening),
+        functools.partial(_second, own, ridges=[t.ridge for t in tasks]),
+    )
     for _ in range(turns):
         start = least
-        for step in (_first, _second):
-            # A layer that gains nothing on rows held out stays, and the other goes on from there.
-            tried = step(own, best, whitening, ridge)
+        for step in steps:
+            # Layers that gain nothing on rows held out stay, and the others go on from there.
+            tried = step(best)
             error = others.error(tried)
             if error < least:
                 best, least = tried, error
@@ -182,46 +208,77 @@ def jointly(
 
 
 class _Parts:
-    """Rows in parts, and the activations.
+    """Rows of all second layers, in parts.
 
     Args:
-        parts: The rows.
-        hidden: The activation between the layers.
-        outer: What the activation behind them clips to.
+        tasks: The second layers.
+        parts: The rows of each, in parts.
+        hidden: The activation behind each first layer.
         each: Runs over parts.
+
+    Attributes:
+        parts: All parts, each with the number of its second layer.
     """
 
     def __init__(
-        self, parts: Sequence[Rows], hidden: ScalarFunction, outer: Bounds, each: Each
+        self,
+        tasks: Sequence[Task],
+        parts: Sequence[Sequence[Rows]],
+        hidden: Sequence[ScalarFunction],
+        each: Each,
     ) -> None:
-        self.parts, self._hidden, self._outer, self._each = parts, hidden, outer, each
-        self._energy = sum(
-            float(np.sum(outer.value(p.target).astype(np.float64) ** 2)) for p in parts
-        )
+        self._tasks, self._hidden, self._each = tasks, hidden, each
+        self.parts = [(reader, rows) for reader, own in enumerate(parts) for rows in own]
+        energies = [0.0] * len(tasks)
+        for reader, rows in self.parts:
+            values = tasks[reader].outer.value(rows.target)
+            energies[reader] += float(np.sum(values.astype(np.float64) ** 2))
+        self._weights = [1.0 / (len(tasks) * max(e, 1e-30)) for e in energies]
 
     def each(self, function: Callable[[int], T]) -> list[T]:
         """What ``function`` gives for the number of each part, in order."""
         return list(self._each(function, range(len(self.parts))))
 
+    def weight(self, number: int) -> float:
+        """``w`` of the layer that a part belongs to."""
+        return self._weights[self.parts[number][0]]
+
     def error(self, layers: Layers) -> float:
         """``Σ‖f(y₀) - f(y)‖² / Σ‖f(y₀)‖²``, from above as in :mod:`numerics.clipping`."""
-        left = sum(self.each(lambda number: self.run(number, layers).energy))
-        return left / max(self._energy, 1e-30)
+        return sum(self.each(lambda n: self.weight(n) * self.run(n, layers).energy))
 
     def run(self, number: int, layers: Layers) -> _Pass:
-        """One part through both layers."""
-        rows = self.parts[number]
-        count, _, width = rows.x.shape
-        z = rows.x.reshape(-1, width) @ layers.first.T + layers.first_bias
-        inside = rows.inside.reshape(-1, 1).astype(np.float32)
-        slopes = self._hidden.slope(z) * inside
-        values = (self._hidden.value(z) * inside).reshape(count, -1)
-        now = np.asarray(values @ layers.second.T + layers.second_bias, np.float32)
+        """One part through the layers."""
+        reader, rows = self.parts[number]
+        outer = self._tasks[reader].outer
+        made = [self._made(number, m, layer) for m, layer in enumerate(layers.first)]
+        hidden = np.concatenate([h for h, _ in made], axis=2).reshape(len(rows.target), -1)
+        second = layers.second[reader]
+        now = np.asarray(hidden @ second.weight.T + second.bias, np.float32)
         if rows.shortcut is not None:
             now = now + rows.shortcut
-        missing = np.asarray(clipped_target(rows.target, now, self._outer) - now, np.float32)
-        open_ = np.maximum(self._outer.slope(rows.target), self._outer.slope(now))
-        return _Pass(slopes, values, missing, open_)
+        missing = np.asarray(clipped_target(rows.target, now, outer) - now, np.float32)
+        open_ = np.maximum(outer.slope(rows.target), outer.slope(now))
+        return _Pass(tuple(s for _, s in made), hidden, missing, open_)
+
+    def _made(self, number: int, maker: int, layer: Layer) -> tuple[Floats, Floats]:
+        """What a first layer makes of a part, [k, T, H], and its slopes, [k T P, H]."""
+        reader, rows = self.parts[number]
+        x, pooled = rows.x[maker], self._tasks[reader].pooled
+        z = x.reshape(-1, x.shape[2]) @ layer.weight.T + layer.bias
+        inside = rows.inside.reshape(-1, 1)
+        function = self._hidden[maker]
+        slopes = np.where(inside, function.slope(z), np.float32(0))
+        if pooled == 1:
+            values = np.where(inside, function.value(z), np.float32(0))
+            return values.reshape(*rows.inside.shape, -1), slopes
+        places = np.where(inside, function.value(z), -np.inf)
+        places = places.reshape(len(x), -1, pooled, places.shape[1])
+        largest = places.argmax(axis=2, keepdims=True)
+        values = np.take_along_axis(places, largest, axis=2)[:, :, 0]
+        chosen = np.arange(pooled).reshape(-1, 1) == largest
+        slopes = slopes * chosen.reshape(slopes.shape)
+        return np.where(np.isfinite(values), values, np.float32(0)), slopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +289,12 @@ class _Whitening:
     variance: float
 
 
-def _whitening(parts: Sequence[Rows]) -> _Whitening:
+def _whitening(parts: Sequence[Floats]) -> _Whitening:
     """Of some of the rows: it only has to be near."""
-    width = parts[0].x.shape[2]
-    there = sum(p.x.size // width for p in parts)
+    width = parts[0].shape[2]
+    there = sum(x.size // width for x in parts)
     step = max(1, there // (_ROWS_PER_INPUT * width))
-    some = np.concatenate([p.x.reshape(-1, width)[::step] for p in parts])
+    some = np.concatenate([x.reshape(-1, width)[::step] for x in parts])
     own = np.asarray(some.T @ some / len(some), np.float32)
     return _Whitening(_inverted(own), float(np.trace(own)) / len(own))
 
@@ -248,117 +305,163 @@ def _inverted(matrix: Floats) -> Floats:
     return np.asarray(np.linalg.inv(wide), np.float32)
 
 
-def _first(rows: _Parts, layers: Layers, whitening: _Whitening, ridge: float) -> Layers:
-    """One step of the first layer; its damping is its own."""
-    del ridge
-    found = rows.each(lambda number: rows.run(number, layers))
-    weight, bias = _step(rows, found, layers, whitening)
-    least = sum(f.energy for f in found)
+Weights = tuple[Floats, ...]
+"""Of the first layers: weight, bias, weight, bias..."""
+
+
+def _first(rows: _Parts, layers: Layers, whitening: Sequence[_Whitening]) -> Layers:
+    """One step of the first layers."""
+    linear = _Linear(rows, layers)
+    step = linear.step(whitening)
+
+    def energy(tried: Layers, number: int) -> float:
+        return rows.weight(number) * rows.run(number, tried).energy
+
     for part in _SHRINKS:
-        tried = dataclasses.replace(
-            layers,
-            first=layers.first + np.float32(part) * weight,
-            first_bias=layers.first_bias + np.float32(part) * bias,
-        )
-        if sum(rows.each(functools.partial(_energy, rows, tried))) < least:
+        moved = _plus([a for f in layers.first for a in (f.weight, f.bias)], step, part)
+        first = tuple(Layer(w, b) for w, b in zip(moved[::2], moved[1::2], strict=True))
+        tried = dataclasses.replace(layers, first=first)
+        if sum(rows.each(functools.partial(energy, tried))) < linear.energy:
             return tried
     return layers
 
 
-def _energy(rows: _Parts, layers: Layers, number: int) -> float:
-    return rows.run(number, layers).energy
+class _Linear:
+    """The outputs as linear functions of small changes of the first layers.
 
+    Args:
+        rows: The rows.
+        layers: The weights that are changed.
+    """
 
-def _step(
-    rows: _Parts, found: Sequence[_Pass], layers: Layers, whitening: _Whitening
-) -> tuple[Floats, Floats]:
-    """``δ`` of the weights [H, D] and of the bias [H]."""
-    second = layers.second
-    taps = second.shape[1] // len(layers.first)
-    blocks = second.reshape(len(second), taps, -1)
-    states = sum(rows.each(lambda n: found[n].slopes.T @ found[n].slopes))
-    count = sum(len(f.missing) for f in found)
-    curve = np.einsum("oth,otg->hg", blocks, blocks) * (states / np.float32(count * taps))
-    # Where all units are clipped there is no curvature, and nothing to do.
-    scale = float(np.trace(curve)) / len(curve) * whitening.variance
-    if scale <= 0:
-        return np.zeros_like(layers.first), np.zeros_like(layers.first_bias)
-    left, right = _inverted(curve), whitening.inverse
+    def __init__(self, rows: _Parts, layers: Layers) -> None:
+        self._rows, self._layers = rows, layers
+        self._found = rows.each(lambda number: rows.run(number, layers))
+        bounds = [0, *np.cumsum([len(f.bias) for f in layers.first]).tolist()]
+        self._spans = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        self._blocks = [s.weight.reshape(len(s.bias), -1, bounds[-1]) for s in layers.second]
 
-    def gradient(number: int, missing: Floats) -> Pair:
-        now, x = found[number], rows.parts[number].x
-        hidden = (missing @ second).reshape(now.slopes.shape) * now.slopes
-        weight = hidden.T @ x.reshape(-1, x.shape[2])
-        return np.asarray(weight, np.float32), hidden.sum(axis=0, dtype=np.float32)
+    @property
+    def energy(self) -> float:
+        """What is missing now, as in :meth:`_Parts.error` but for the rows."""
+        return sum(self._rows.weight(n) * f.energy for n, f in enumerate(self._found))
 
-    def missing(number: int) -> Pair:
-        return gradient(number, found[number].missing * found[number].open)
+    def step(self, whitening: Sequence[_Whitening]) -> Weights:
+        """``δ`` of the weights [H, D] and of the bias [H] of each first layer."""
+        right = _summed(self._rows.each(self._right))
+        curves = [self._curve(maker) for maker in range(len(self._spans))]
+        means = [
+            float(np.trace(curve)) / len(curve) * white.variance
+            for curve, white in zip(curves, whitening, strict=True)
+        ]
+        # Where all units are clipped there is no curvature, and nothing to do.
+        if not all(mean > 0 for mean in means):
+            return tuple(np.zeros_like(a) for a in right)
+        left = [_inverted(curve) for curve in curves]
 
-    def image(number: int, weight: Floats, bias: Floats) -> Pair:
-        now, x = found[number], rows.parts[number].x
-        hidden = (x.reshape(-1, x.shape[2]) @ weight.T + bias) * now.slopes
-        made = (hidden.reshape(len(now.missing), -1) @ second.T) * now.open
-        return gradient(number, np.asarray(made, np.float32))
+        def product(direction: Weights) -> Weights:
+            whole = _summed(self._rows.each(functools.partial(self._image, direction)))
+            return tuple(
+                a + np.float32(_DAMPING * means[i // 2]) * d
+                for i, (a, d) in enumerate(zip(whole, direction, strict=True))
+            )
 
-    def precondition(weight: Floats, bias: Floats) -> Pair:
-        return np.asarray(left @ weight @ right, np.float32), np.asarray(left @ bias, np.float32)
+        def precondition(rest: Weights) -> Weights:
+            found: list[Floats] = []
+            for own, white, weight, bias in zip(
+                left, whitening, rest[::2], rest[1::2], strict=True
+            ):
+                found.append(np.asarray(own @ weight @ white.inverse, np.float32))
+                found.append(np.asarray(own @ bias, np.float32))
+            return tuple(found)
 
-    return _conjugate_gradients(
-        _summed(rows.each(missing)),
-        lambda w, b: _summed(rows.each(lambda n: image(n, w, b))),
-        precondition,
-        np.float32(_DAMPING * count * scale),
-    )
+        return _conjugate_gradients(right, product, precondition)
 
+    def _curve(self, maker: int) -> Floats:
+        """``A`` of a first layer, [H, H]."""
+        blocks = [b[:, :, self._spans[maker]] for b in self._blocks]
+        products = [np.einsum("oth,otg->hg", b, b) / np.float32(b.shape[1]) for b in blocks]
 
-Pair = tuple[Floats, Floats]
+        def part(number: int) -> Floats:
+            slopes, weight = self._found[number].slopes[maker], self._rows.weight(number)
+            product = products[self._rows.parts[number][0]]
+            return np.asarray(np.float32(weight) * product * (slopes.T @ slopes), np.float32)
+
+        return np.asarray(sum(self._rows.each(part)), np.float32)
+
+    def _right(self, number: int) -> Weights:
+        """What a part says about ``δ``: the right side of the normal equations."""
+        found = self._found[number]
+        return self._gradient(number, found.missing * found.open)
+
+    def _image(self, direction: Weights, number: int) -> Weights:
+        """What a part adds to the normal equations' matrix times a direction."""
+        reader, rows = self._rows.parts[number]
+        found, hidden = self._found[number], []
+        taps = self._blocks[reader].shape[1]
+        for x, slopes, weight, bias in zip(
+            rows.x, found.slopes, direction[::2], direction[1::2], strict=True
+        ):
+            moved = (x.reshape(-1, x.shape[2]) @ weight.T + bias) * slopes
+            hidden.append(moved.reshape(len(x), taps, -1, moved.shape[1]).sum(axis=2))
+        flat = np.concatenate(hidden, axis=2).reshape(len(found.missing), -1)
+        made = (flat @ self._layers.second[reader].weight.T) * found.open
+        return self._gradient(number, np.asarray(made, np.float32))
+
+    def _gradient(self, number: int, missing: Floats) -> Weights:
+        """From the outputs of a part, [k, O], back to the first layers."""
+        reader, rows = self._rows.parts[number]
+        second = self._layers.second[reader].weight
+        back = (missing @ second).reshape(len(missing), self._blocks[reader].shape[1], 1, -1)
+        given: list[Floats] = []
+        for x, slopes, span in zip(rows.x, self._found[number].slopes, self._spans, strict=True):
+            split = slopes.reshape(len(missing), back.shape[1], -1, slopes.shape[1])
+            hidden = (back[..., span] * split).reshape(slopes.shape)
+            given.append(np.asarray(hidden.T @ x.reshape(-1, x.shape[2]), np.float32))
+            given.append(hidden.sum(axis=0, dtype=np.float32))
+        return tuple(np.float32(self._rows.weight(number)) * a for a in given)
 
 
 def _conjugate_gradients(
-    right: Pair,
-    product: Callable[[Floats, Floats], Pair],
-    precondition: Callable[[Floats, Floats], Pair],
-    shift: np.float32,
-) -> Pair:
-    """A few turns towards the solution of ``(P + shift) δ = right``, from zero."""
-    found = (np.zeros_like(right[0]), np.zeros_like(right[1]))
+    right: Weights,
+    product: Callable[[Weights], Weights],
+    precondition: Callable[[Weights], Weights],
+) -> Weights:
+    """A few turns towards the solution of ``P δ = right``, from zero."""
+    found: Weights = tuple(np.zeros_like(a) for a in right)
     rest = right
-    towards = precondition(*rest)
+    towards = precondition(rest)
     direction, length = towards, _inner(rest, towards)
     for _ in range(_SOLVES):
         if not length > 0:
             break
-        image = _plus(product(*direction), direction, shift)
-        step = np.float32(length / max(_inner(direction, image), 1e-30))
+        image = product(direction)
+        step = length / max(_inner(direction, image), 1e-30)
         found, rest = _plus(found, direction, step), _plus(rest, image, -step)
-        towards = precondition(*rest)
+        towards = precondition(rest)
         longer = _inner(rest, towards)
-        direction, length = _plus(towards, direction, np.float32(longer / length)), longer
+        direction, length = _plus(towards, direction, longer / length), longer
     return found
 
 
-def _inner(a: Pair, b: Pair) -> float:
+def _inner(a: Weights, b: Weights) -> float:
     return sum(float(np.sum(p.astype(np.float64) * q)) for p, q in zip(a, b, strict=True))
 
 
-def _plus(a: Pair, b: Pair, factor: np.float32) -> Pair:
-    return a[0] + factor * b[0], a[1] + factor * b[1]
+def _plus(a: Sequence[Floats], b: Sequence[Floats], factor: float) -> Weights:
+    return tuple(p + np.float32(factor) * q for p, q in zip(a, b, strict=True))
 
 
-def _summed(pairs: Sequence[Pair]) -> Pair:
-    return (
-        np.sum([p[0] for p in pairs], axis=0, dtype=np.float32),
-        np.sum([p[1] for p in pairs], axis=0, dtype=np.float32),
-    )
+def _summed(parts: Sequence[Weights]) -> Weights:
+    return tuple(np.sum(same, axis=0, dtype=np.float32) for same in zip(*parts, strict=True))
 
 
-def _second(rows: _Parts, layers: Layers, whitening: _Whitening, ridge: float) -> Layers:
-    """The second layer fitted to what the first one makes."""
-    del whitening
+def _second(rows: _Parts, layers: Layers, ridges: Sequence[float]) -> Layers:
+    """The second layers fitted to what the first ones make."""
 
     def moments(number: int) -> Moments:
-        found = rows.run(number, layers)
-        target = found.hidden @ layers.second.T + layers.second_bias + found.missing
+        found, layer = rows.run(number, layers), layers.second[rows.parts[number][0]]
+        target = found.hidden @ layer.weight.T + layer.bias + found.missing
         mean_x, mean_y = found.hidden.mean(axis=0), target.mean(axis=0)
         x, y = found.hidden - mean_x, target - mean_y
         return Moments(
@@ -369,8 +472,11 @@ def _second(rows: _Parts, layers: Layers, whitening: _Whitening, ridge: float) -
             (x.T @ y).astype(np.float64) / len(x),
         )
 
-    whole = functools.reduce(Moments.merge, rows.each(moments))
-    weight, bias = regress(whole, layers.second.astype(np.float64), ridge)
-    return dataclasses.replace(
-        layers, second=weight.astype(np.float32), second_bias=bias.astype(np.float32)
-    )
+    each = rows.each(moments)
+    second = []
+    for reader, (layer, ridge) in enumerate(zip(layers.second, ridges, strict=True)):
+        own = [m for m, (r, _) in zip(each, rows.parts, strict=True) if r == reader]
+        prior = layer.weight.astype(np.float64)
+        weight, bias = regress(functools.reduce(Moments.merge, own), prior, ridge)
+        second.append(Layer(weight.astype(np.float32), bias.astype(np.float32)))
+    return dataclasses.replace(layers, second=tuple(second))

@@ -51,3 +51,29 @@ class Tabled:
 
     def _left(self, place: Floats) -> npt.NDArray[np.int32]:
         return np.clip(place, 0, len(self.values) - 2).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """One function after the other.
+
+    Attributes:
+        functions: The first to be applied first.
+    """
+
+    functions: tuple[ScalarFunction, ...]
+
+    def value(self, z: Floats) -> Floats:
+        """``f_n(... f_1(z))``, any shape."""
+        for function in self.functions:
+            z = function.value(z)
+        return z
+
+    def slope(self, z: Floats) -> Floats:
+        """The product of all slopes, any shape."""
+        first, *others = self.functions
+        slope = first.slope(z)
+        for before, function in zip(self.functions, others, strict=False):
+            z = before.value(z)
+            slope = slope * function.slope(z)
+        return slope

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.numerics.clipping import Bounds
-from onnxcompress.numerics.scalar_function import ScalarFunction, Tabled
+from onnxcompress.numerics.scalar_function import Composed, ScalarFunction, Tabled
 
 
 def test_a_table_gives_a_smooth_function_and_its_slope() -> None:
@@ -31,3 +31,17 @@ def test_bounds_are_such_a_function(bounds: Bounds) -> None:
     step = np.float32(1e-3)
     slope = (function.value(z + step) - function.value(z)) / step
     np.testing.assert_allclose(function.slope(z), slope, atol=1e-3)
+
+
+def test_functions_are_applied_one_after_the_other() -> None:
+    at = np.linspace(-4, 4, 4001)
+    table = Tabled(-4.0, float(at[1] - at[0]), np.tanh(at).astype(np.float32))
+    function = Composed((Bounds(low=0.0), table, Bounds(high=0.5)))
+    z = np.random.default_rng(1).uniform(-2, 2, (50, 3)).astype(np.float32)
+    np.testing.assert_allclose(
+        function.value(z), np.minimum(np.tanh(np.maximum(z, 0)), 0.5), atol=1e-5
+    )
+    step = np.float32(1e-3)
+    smooth = np.minimum(np.abs(z), np.abs(np.tanh(z) - 0.5)) > 0.01
+    slope = (function.value(z + step) - function.value(z - step)) / (2 * step)
+    np.testing.assert_allclose(function.slope(z)[smooth], slope[smooth], atol=1e-2)

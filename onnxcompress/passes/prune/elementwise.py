@@ -16,7 +16,6 @@ import onnx_ir as ir
 from onnxcompress.context import PassContext
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.graph.constants import constant_tensor
-from onnxcompress.numerics.clipping import Bounds
 from onnxcompress.numerics.scalar_function import Floats, ScalarFunction, Tabled
 from onnxcompress.passes.prune.clipping import clip_of
 from onnxcompress.runtime import open_session
@@ -58,8 +57,6 @@ class Chain:
             seen: Numbers that it is applied to, any shape.
             ctx: How to run.
         """
-        if not self.nodes:
-            return Bounds()
         if len(self.nodes) == 1 and (bounds := clip_of(self.nodes[0])) is not None:
             return bounds
         low, high = float(seen.min(initial=0.0)), float(seen.max(initial=0.0))
@@ -88,34 +85,26 @@ class Chain:
         return ir.Model(part, ir_version=10)
 
 
-def chain_behind(result: ir.Value, makers: Collection[str], own: Collection[str]) -> Chain | None:
-    """The chain that ends at a value, and begins at one that a layer makes.
+def chain_behind(result: ir.Value, makers: Collection[str]) -> Chain | None:
+    """The longest chain that ends at a value.
 
     Args:
-        result: The value; the layers read it, or a mask of it, alone.
-        makers: Names of values that layers make.
-        own: Names of the nodes of the model before it was masked; masks are others.
+        result: The value.
+        makers: Names of values that layers make; a chain goes no further back.
 
     Returns:
-        None where something else than elementwise operators lies between, or somebody else reads
-        it.
+        An empty chain where no elementwise operator makes the value; None where what lies between
+        has several roots, or somebody else reads it, too.
     """
-    while (mask := result.producer()) is not None and mask.name not in own:
-        if len(list(result.uses())) != 1 or mask.inputs[1] is None:
-            return None
-        result = mask.inputs[1]
     nodes: dict[ir.Node, None] = {}
     roots: set[ir.Value] = set()
     todo = [result]
     while todo and len(nodes) <= _LONGEST:
         value = todo.pop()
-        if value.name in makers:
-            roots.add(value)
-            continue
         node = value.producer()
-        if node is None or not _elementwise(node):
-            return None
-        if node not in nodes:
+        if value.name in makers or node is None or not _elementwise(node):
+            roots.add(value)
+        elif node not in nodes:
             nodes[node] = None
             todo.extend(v for v in node.inputs if v is not None and constant_tensor(v) is None)
     if todo or len(roots) != 1:
@@ -123,10 +112,7 @@ def chain_behind(result: ir.Value, makers: Collection[str], own: Collection[str]
     (root,) = roots
     inner = {root, *(o for n in nodes for o in n.outputs)} - {result}
     alone = all(not v.is_graph_output() and all(u.node in nodes for u in v.uses()) for v in inner)
-    reads = len(list(result.uses()))
-    if not alone or reads != 1 or result.is_graph_output():
-        return None
-    return Chain(root, result, tuple(nodes))
+    return Chain(root, result, tuple(nodes)) if alone else None
 
 
 def _elementwise(node: ir.Node) -> bool:

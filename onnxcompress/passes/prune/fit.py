@@ -46,18 +46,18 @@ class Effort:
         folds: Parts the samples are divided into, at most.
         turns: Refits of a layer towards what its activation lets through.
         row_limit: From the width of a layer to the rows that are drawn.
-        pairs: Whether layers on both sides of removed channels are fitted together.
+        joint: Whether layers on both sides of removed channels are fitted together.
     """
 
     folds: int
     turns: int
     row_limit: Callable[[int], int]
-    pairs: bool
+    joint: bool
 
 
-THOROUGH = Effort(FOLDS, 2, row_limit, pairs=True)
+THOROUGH = Effort(FOLDS, 2, row_limit, joint=True)
 """What the result is made with."""
-QUICK = Effort(2, 0, lambda width: max(_FEW_ROWS, 10 * width), pairs=False)
+QUICK = Effort(2, 0, lambda width: max(_FEW_ROWS, 10 * width), joint=False)
 """What is enough to compare plans by."""
 
 

@@ -123,8 +123,8 @@ class PruneOptions(PassOptions):
     )
     joint: bool = option(
         True,
-        "Fit the layers before and behind removed channels together where only an activation lies "
-        "between them.",
+        "Fit the layers before and behind removed channels together where only activations, a "
+        "Concat and a MaxPool lie between them.",
     )
     rounds: int = option(
         0,

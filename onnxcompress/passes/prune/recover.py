@@ -18,13 +18,13 @@ sequential reconstruction); Luo et al. 2017, "ThiNet".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress._threads import side_by_side
+from onnxcompress._threads import Each, side_by_side
 from onnxcompress.calibration.join import join
 from onnxcompress.calibration.statistics import REFERENCE_PREFIX
 from onnxcompress.context import PassContext
@@ -45,10 +45,10 @@ from onnxcompress.passes.prune.fit import (
     fold_count,
 )
 from onnxcompress.passes.prune.jobs import Job, Refit, Task, jobs_of, refitted
+from onnxcompress.passes.prune.junctions import Junction, junctions_of
 from onnxcompress.passes.prune.memory import Memory
 from onnxcompress.passes.prune.norms import Norm
 from onnxcompress.passes.prune.options import PruneOptions
-from onnxcompress.passes.prune.pairs import Pair, pairs_of
 from onnxcompress.passes.prune.ranking import workers_of
 from onnxcompress.passes.prune.recurrent import Recurrent
 from onnxcompress.passes.prune.rows import RowSource
@@ -107,15 +107,23 @@ def recover(
     levels, untreated = jobs_of(
         model, masked, coupling, kept, layers, options.recover_all, branches
     )
-    pairs: Mapping[str, Pair] = {}
-    if effort.pairs and options.joint:
-        pairs = pairs_of(model, masked, levels, layers.consumers, coupling, kept)
+    junctions: Mapping[str, Junction] = {}
+    if effort.joint and options.joint:
+        junctions = junctions_of(model, masked, levels, layers.consumers, coupling, kept)
     written = [n for level in levels for job in level for n in job.written]
-    both = _Both.of(masked, reference, [*written, *(n for p in pairs.values() for n in p.written)])
+    both = _Both.of(
+        masked, reference, [*written, *(n for j in junctions.values() for n in j.written)]
+    )
     done: list[Refit] = []
     changes: list[Change] = []
-    wanted = [both.wanted(level, memory, effort, pairs) for level in levels]
-    again = {n for pair in pairs.values() for n in pair.nodes}
+    wanted = [both.wanted(level, memory, effort, junctions) for level in levels]
+    again = {
+        node: number
+        for number, level in enumerate(levels)
+        for job in level
+        if isinstance(job, Job) and job.consumer.node in junctions
+        for node in junctions[job.consumer.node].nodes
+    }
     with _Running(both, wanted, again, ctx) as running, side_by_side(workers_of(ctx)) as each:
         for number, level in enumerate(levels, start=1):
             text = f"prune: refitting layers, step {number} of {len(levels)}"
@@ -156,28 +164,37 @@ def recover(
                 done.append(fit.refit)
                 for changed in (both.model, model):
                     job.consumer.write(changed, fit.weight, fit.bias)
-                pair = pairs.get(job.consumer.node)
-                if pair is not None:
-                    changes += _fitted_together(pair, fit.refit, (both, model), stream, ctx)
+                junction = junctions.get(job.consumer.node)
+                if junction is not None:
+                    refits = {r.consumer.node: r for r in done}
+                    own = [refits[r.consumer.node] for r in junction.readers]
+                    changes += _fitted_together(junction, own, (both, model), stream, ctx, each)
     return Recovery(tuple(done), tuple(changes), untreated)
 
 
 def _fitted_together(
-    pair: Pair, refit: Refit, models: tuple[_Both, ir.Model], stream: Stream, ctx: PassContext
+    junction: Junction,
+    refits: Sequence[Refit],
+    models: tuple[_Both, ir.Model],
+    stream: Stream,
+    ctx: PassContext,
+    each: Each,
 ) -> list[Change]:
-    """Fit a pair whose second layer has been refitted alone, and say so where that helped."""
-    (ridge,) = refit.ridges
-    if ridge is None or not np.isfinite(ridge):
+    """Fit a junction whose last layers have been refitted alone, and say so where that helped."""
+    ridges = [r.ridges[0] for r in refits]
+    finite = [r for r in ridges if r is not None and np.isfinite(r)]
+    if len(finite) < len(ridges):
         return []
     both, model = models
-    found = pair.fitted(both.model, stream, both.names, ridge, ctx)
+    found = junction.fitted(both.model, stream, both.names, finite, ctx, each)
     if found is None or not found.after < found.before:
         return []
     for changed in (both.model, model):
-        pair.write(changed, found.layers)
-    less = 1 - found.after / found.before
-    what = f"fitted together with '{pair.reader.consumer.node}' ({less:.0%} less error there)"
-    return [Change(pair.maker.node, pair.maker.op_type, what)]
+        junction.write(changed, found.layers)
+    others = " and ".join(f"'{r.consumer.node}'" for r in refits)
+    what = f"fitted together with {others} ({1 - found.after / found.before:.0%} less error there)"
+    layers = [m.branch.layer for m in junction.makers]
+    return [Change(c.node, c.op_type, what) for c in layers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +231,7 @@ class _Both:
         level: Sequence[Task],
         memory: Memory | None,
         effort: Effort,
-        pairs: Mapping[str, Pair],
+        junctions: Mapping[str, Junction],
     ) -> tuple[str, ...]:
         """The values that the layers of a level are fitted to, but for what is known of them."""
         names: list[str] = []
@@ -225,8 +242,8 @@ class _Both:
                 and memory.knows(job, effort.row_limit(job.consumer.width))
             )
             names.extend(job.wanted[:1] + job.wanted[2:] if known else job.wanted)
-            if isinstance(job, Job) and job.consumer.node in pairs:
-                names.append(pairs[job.consumer.node].data)
+            if isinstance(job, Job) and job.consumer.node in junctions:
+                names.extend(junctions[job.consumer.node].data)
         return tuple(dict.fromkeys(self.names.get(name, name) for name in names))
 
 
@@ -240,7 +257,7 @@ class _Running(StreamOwner):
         self,
         both: _Both,
         wanted: Sequence[Sequence[str]],
-        again: Collection[str],
+        again: Mapping[str, int],
         ctx: PassContext,
     ) -> None:
         if ctx.calibration is None:

@@ -7,7 +7,7 @@ earlier stages left, and keeps only the values that nodes still to run, or later
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -62,15 +62,15 @@ def _storable(value: ir.Value) -> bool:
 
 
 def plan_stages(
-    graph: ir.Graph, wanted: Sequence[Sequence[str]], again: Collection[str] = ()
+    graph: ir.Graph, wanted: Sequence[Sequence[str]], again: Mapping[str, int] | None = None
 ) -> tuple[Stage, ...]:
     """Divide a graph into stages.
 
     Args:
         graph: The graph, nodes in topological order.
         wanted: The values to have at hand after each stage.
-        again: Names of nodes that run in every stage that needs them, since their weights may
-            change after one that did.
+        again: Nodes by name that run in every stage that needs them, since their weights may
+            change after one that did, with the number of the last stage after which they may.
 
     Returns:
         As many stages as there are entries in ``wanted``.
@@ -86,7 +86,10 @@ def plan_stages(
     if missing:
         raise ModelError(f"the model has no tensor '{missing[0]}'")
     # A node whose output cannot be stored (a sequence) runs again in every stage that needs it.
-    repeated = [n.name in again or not all(_storable(o) for o in n.outputs) for n in nodes]
+    final = [
+        (again or {}).get(n.name or "", -1) if all(map(_storable, n.outputs)) else len(wanted)
+        for n in nodes
+    ]
 
     def closure(names: Sequence[str], done: set[int]) -> set[int]:
         """Numbers of the nodes to run for ``names`` when those in ``done`` have run."""
@@ -108,7 +111,7 @@ def plan_stages(
         running = closure(names, done)
         made = {v for i in running for v in nodes[i].outputs}
         inputs = {v.name or "" for i in running for v in needs[i] if v not in made}
-        done |= {i for i in running if not repeated[i]}
+        done |= {i for i in running if k > final[i]}
         later = {name for rest in wanted[k:] for name in rest}
         for i in closure(sorted(later), done):
             later |= {v.name or "" for v in needs[i]}

@@ -187,7 +187,7 @@ def jointly(
     before = least = others.error(layers)
     if before < _NOTHING:
         return Fitted(layers, before, before)
-    whitening = [_whitening([rows.x[m] for _, rows in own.parts]) for m in range(len(hidden))]
+    whitening = [_whitening(own, maker) for maker in range(len(hidden))]
     steps = (
         functools.partial(_first, own, whitening=whitening),
         functools.partial(_second, own, ridges=[t.ridge for t in tasks]),
@@ -289,13 +289,20 @@ class _Whitening:
     variance: float
 
 
-def _whitening(parts: Sequence[Floats]) -> _Whitening:
+def _whitening(rows: _Parts, maker: int) -> _Whitening:
     """Of some of the rows: it only has to be near."""
-    width = parts[0].shape[2]
-    there = sum(x.size // width for x in parts)
+    inputs = [own.x[maker] for _, own in rows.parts]
+    width = inputs[0].shape[2]
+    there = sum(x.size // width for x in inputs)
     step = max(1, there // (_ROWS_PER_INPUT * width))
-    some = np.concatenate([x.reshape(-1, width)[::step] for x in parts])
-    own = np.asarray(some.T @ some / len(some), np.float32)
+
+    def square(number: int) -> tuple[Floats, int]:
+        some = inputs[number].reshape(-1, width)[::step]
+        return some.T @ some, len(some)
+
+    found = rows.each(square)
+    count = np.float32(sum(n for _, n in found))
+    own = np.asarray(sum(s for s, _ in found) / count, np.float32)
     return _Whitening(_inverted(own), float(np.trace(own)) / len(own))
 
 

@@ -57,7 +57,7 @@ _PATIENCE = 2
 """Rounds without a better plan after which no more are tried."""
 _FEW = 128
 """With fewer samples to judge by, the best plans are judged by others, too."""
-_FINALISTS = 4
+_FINALISTS = 3
 """How many plans that are."""
 _ATTEMPTS = 8
 """Draws that may give a plan that is known already, before a round is given up."""

@@ -50,8 +50,8 @@ MOST_ROWS = 16384
 """Rows of one of the layers behind that are fitted to."""
 _MOST_BYTES = 128 << 20
 """Inputs of the layers in front at all places that those behind read."""
-_CHUNK_BYTES = 8 << 20
-"""Of rows that are treated at a time; threads share such chunks."""
+_CHUNK_BYTES = 2 << 20
+"""Of rows that are treated at a time, at least; threads share such chunks."""
 _ROWS_PER_COLUMN = 4
 """Rows for each input of any of the layers, at least."""
 

@@ -38,6 +38,7 @@ import numpy.typing as npt
 from onnxcompress._threads import Each
 from onnxcompress.numerics.clipping import Bounds, clipped_target
 from onnxcompress.numerics.least_squares import Moments, damping, regress
+from onnxcompress.numerics.places import Places
 from onnxcompress.numerics.scalar_function import ScalarFunction
 
 Floats = npt.NDArray[np.float32]
@@ -67,15 +68,15 @@ class Rows:
     """What a second layer sees, and what it should answer.
 
     Attributes:
-        x: Inputs of each first layer at each place of each tap of the second, [k, T · P, D].
-        inside: Whether the place is one of the hidden tensor and not padding, [k, T · P].
+        x: Inputs of each first layer at ``U`` places of the hidden tensor, [U, D].
+        places: Which of them each tap of each row reads, [k, T, P].
         target: What the second layer is to give, before an activation and before the shortcut is
             subtracted, [k, O].
         shortcut: What is added to it, [k, O]; None where nothing is.
     """
 
     x: tuple[Floats, ...]
-    inside: npt.NDArray[np.bool_]
+    places: Places
     target: Floats
     shortcut: Floats | None
 
@@ -89,14 +90,12 @@ class Task:
         held: Rows to judge by, in parts.
         outer: What the activation behind it clips to.
         ridge: Pull towards its weights, relative to the mean variance of its inputs.
-        pooled: Places ``P`` that one value is the largest of.
     """
 
     fit: Sequence[Rows]
     held: Sequence[Rows]
     outer: Bounds
     ridge: float = RIDGE
-    pooled: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +142,60 @@ class Fitted:
 
 
 @dataclass(frozen=True, slots=True)
+class _Made:
+    """What a first layer makes of the rows of a second one.
+
+    Attributes:
+        values: The hidden tensor as the rows read it, 0 for padding, [k, T, H].
+        slopes: ``f'`` at each place, [U, H].
+        largest: Which of the places of a tap is the largest, [k, T, 1, H]; None where there is but
+            one.
+    """
+
+    values: Floats
+    slopes: Floats
+    largest: npt.NDArray[np.intp] | None
+
+    def moved(self, places: Places, change: Floats) -> Floats:
+        """How the values move, [k, T, H], where what is activated moves by ``change``, [U, H]."""
+        spread = places.spread(change * self.slopes)
+        if self.largest is None:
+            return spread[:, :, 0]
+        return np.take_along_axis(spread, self.largest, axis=2)[:, :, 0]
+
+    def returned(self, places: Places, back: Floats) -> Floats:
+        """What values of weight ``back``, [k, T, H], weigh at each place, [U, H]."""
+        return places.summed(self._placed(places, back)) * self.slopes
+
+    def states(self, places: Places) -> Floats:
+        """``Σ f' f'ᵀ`` over the taps of all rows, [H, H]; of pooled ones nearly."""
+        weights = places.weights
+        if self.largest is not None:
+            weights = places.summed(self._placed(places, np.ones_like(self.values)))
+        scaled = self.slopes * np.sqrt(weights)
+        return np.asarray(scaled.T @ scaled, np.float32)
+
+    def _placed(self, places: Places, back: Floats) -> Floats:
+        """``back`` at the largest of the places, [k, T, P, H]."""
+        if self.largest is None:
+            return back[:, :, np.newaxis]
+        spread = np.zeros((*places.read.shape, back.shape[2]), np.float32)
+        np.put_along_axis(spread, self.largest, back[:, :, np.newaxis], axis=2)
+        return spread
+
+
+@dataclass(frozen=True, slots=True)
 class _Pass:
     """One run through the layers.
 
     Attributes:
-        slopes: ``f'`` for each first layer, 0 for padding and what is not the largest, [k T P, H].
-        hidden: The hidden tensor, likewise, [k, T · H].
+        made: What each first layer makes.
+        hidden: The hidden tensor, [k, T · H].
         missing: What the outputs should be more, [k, O].
         open: 1 where the outputs can change what is missing, else 0, [k, O].
     """
 
-    slopes: tuple[Floats, ...]
+    made: tuple[_Made, ...]
     hidden: Floats
     missing: Floats
     open: Floats
@@ -251,34 +293,30 @@ class _Parts:
         """One part through the layers."""
         reader, rows = self.parts[number]
         outer = self._tasks[reader].outer
-        made = [self._made(number, m, layer) for m, layer in enumerate(layers.first)]
-        hidden = np.concatenate([h for h, _ in made], axis=2).reshape(len(rows.target), -1)
+        made = tuple(
+            _made(rows.places, x, layer, function)
+            for x, layer, function in zip(rows.x, layers.first, self._hidden, strict=True)
+        )
+        hidden = np.concatenate([m.values for m in made], axis=2).reshape(len(rows.target), -1)
         second = layers.second[reader]
         now = np.asarray(hidden @ second.weight.T + second.bias, np.float32)
         if rows.shortcut is not None:
             now = now + rows.shortcut
         missing = np.asarray(clipped_target(rows.target, now, outer) - now, np.float32)
         open_ = np.maximum(outer.slope(rows.target), outer.slope(now))
-        return _Pass(tuple(s for _, s in made), hidden, missing, open_)
+        return _Pass(made, hidden, missing, open_)
 
-    def _made(self, number: int, maker: int, layer: Layer) -> tuple[Floats, Floats]:
-        """What a first layer makes of a part, [k, T, H], and its slopes, [k T P, H]."""
-        reader, rows = self.parts[number]
-        x, pooled = rows.x[maker], self._tasks[reader].pooled
-        z = x.reshape(-1, x.shape[2]) @ layer.weight.T + layer.bias
-        inside = rows.inside.reshape(-1, 1)
-        function = self._hidden[maker]
-        slopes = np.where(inside, function.slope(z), np.float32(0))
-        if pooled == 1:
-            values = np.where(inside, function.value(z), np.float32(0))
-            return values.reshape(*rows.inside.shape, -1), slopes
-        places = np.where(inside, function.value(z), -np.inf)
-        places = places.reshape(len(x), -1, pooled, places.shape[1])
-        largest = places.argmax(axis=2, keepdims=True)
-        values = np.take_along_axis(places, largest, axis=2)[:, :, 0]
-        chosen = np.arange(pooled).reshape(-1, 1) == largest
-        slopes = slopes * chosen.reshape(slopes.shape)
-        return np.where(np.isfinite(values), values, np.float32(0)), slopes
+
+def _made(places: Places, x: Floats, layer: Layer, function: ScalarFunction) -> _Made:
+    """What a first layer makes of its inputs ``x``, [U, D]."""
+    z = x @ layer.weight.T + layer.bias
+    slopes, values = function.slope(z), function.value(z)
+    if places.read.shape[2] == 1:
+        return _Made(places.spread(values)[:, :, 0], slopes, None)
+    spread = places.spread(values, -np.inf)
+    largest = spread.argmax(axis=2, keepdims=True)
+    found = np.take_along_axis(spread, largest, axis=2)[:, :, 0]
+    return _Made(np.where(np.isfinite(found), found, np.float32(0)), slopes, largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,14 +328,13 @@ class _Whitening:
 
 
 def _whitening(rows: _Parts, maker: int) -> _Whitening:
-    """Of some of the rows: it only has to be near."""
+    """Of some of the places: it only has to be near."""
     inputs = [own.x[maker] for _, own in rows.parts]
-    width = inputs[0].shape[2]
-    there = sum(x.size // width for x in inputs)
-    step = max(1, there // (_ROWS_PER_INPUT * width))
+    width = inputs[0].shape[1]
+    step = max(1, sum(len(x) for x in inputs) // (_ROWS_PER_INPUT * width))
 
     def square(number: int) -> tuple[Floats, int]:
-        some = inputs[number].reshape(-1, width)[::step]
+        some = inputs[number][::step]
         return some.T @ some, len(some)
 
     found = rows.each(square)
@@ -390,9 +427,10 @@ class _Linear:
         products = [np.einsum("oth,otg->hg", b, b) / np.float32(b.shape[1]) for b in blocks]
 
         def part(number: int) -> Floats:
-            slopes, weight = self._found[number].slopes[maker], self._rows.weight(number)
-            product = products[self._rows.parts[number][0]]
-            return np.asarray(np.float32(weight) * product * (slopes.T @ slopes), np.float32)
+            reader, rows = self._rows.parts[number]
+            states = self._found[number].made[maker].states(rows.places)
+            weight = np.float32(self._rows.weight(number))
+            return np.asarray(weight * products[reader] * states, np.float32)
 
         return np.asarray(sum(self._rows.each(part)), np.float32)
 
@@ -405,26 +443,23 @@ class _Linear:
         """What a part adds to the normal equations' matrix times a direction."""
         reader, rows = self._rows.parts[number]
         found, hidden = self._found[number], []
-        taps = self._blocks[reader].shape[1]
-        for x, slopes, weight, bias in zip(
-            rows.x, found.slopes, direction[::2], direction[1::2], strict=True
+        for x, made, weight, bias in zip(
+            rows.x, found.made, direction[::2], direction[1::2], strict=True
         ):
-            moved = (x.reshape(-1, x.shape[2]) @ weight.T + bias) * slopes
-            hidden.append(moved.reshape(len(x), taps, -1, moved.shape[1]).sum(axis=2))
+            hidden.append(made.moved(rows.places, x @ weight.T + bias))
         flat = np.concatenate(hidden, axis=2).reshape(len(found.missing), -1)
-        made = (flat @ self._layers.second[reader].weight.T) * found.open
-        return self._gradient(number, np.asarray(made, np.float32))
+        made_more = (flat @ self._layers.second[reader].weight.T) * found.open
+        return self._gradient(number, np.asarray(made_more, np.float32))
 
     def _gradient(self, number: int, missing: Floats) -> Weights:
         """From the outputs of a part, [k, O], back to the first layers."""
         reader, rows = self._rows.parts[number]
         second = self._layers.second[reader].weight
-        back = (missing @ second).reshape(len(missing), self._blocks[reader].shape[1], 1, -1)
+        back = (missing @ second).reshape(*rows.places.read.shape[:2], -1)
         given: list[Floats] = []
-        for x, slopes, span in zip(rows.x, self._found[number].slopes, self._spans, strict=True):
-            split = slopes.reshape(len(missing), back.shape[1], -1, slopes.shape[1])
-            hidden = (back[..., span] * split).reshape(slopes.shape)
-            given.append(np.asarray(hidden.T @ x.reshape(-1, x.shape[2]), np.float32))
+        for x, made, span in zip(rows.x, self._found[number].made, self._spans, strict=True):
+            hidden = made.returned(rows.places, back[..., span])
+            given.append(np.asarray(hidden.T @ x, np.float32))
             given.append(hidden.sum(axis=0, dtype=np.float32))
         return tuple(np.float32(self._rows.weight(number)) * a for a in given)
 

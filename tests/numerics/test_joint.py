@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnxcompress.numerics.clipping import Bounds
 from onnxcompress.numerics.joint import Fitted, Floats, Layer, Layers, Rows, Task
 from onnxcompress.numerics.joint import jointly as jointly_of_all
+from onnxcompress.numerics.places import Places
 
 RELU, NONE, CLIP = Bounds(low=0.0), Bounds(), Bounds(-0.5, 1.0)
 
@@ -41,33 +42,51 @@ def layers(rng: np.random.Generator, width: int, hidden: int, taps: int, outputs
 
 def answer(
     x: tuple[Floats, ...],
-    inside: npt.NDArray[np.bool_],
+    read: npt.NDArray[np.int64],
     given: Layers,
     bounds: Bounds,
     reader: int = 0,
-    pooled: int = 1,
 ) -> Floats:
     """``Σ_t W_t max_p f(V xₜₚ + v) + b`` as it is written."""
-    layer, taps = given.second[reader], inside.shape[1] // pooled
+    layer, (count, taps, pooled) = given.second[reader], read.shape
     second = layer.weight.reshape(len(layer.weight), taps, -1)
-    total = np.tile(layer.bias.astype(np.float64), (len(inside), 1))
+    total = np.tile(layer.bias.astype(np.float64), (count, 1))
+    hidden = np.concatenate(
+        [bounds.value(o @ f.weight.T + f.bias) for o, f in zip(x, given.first, strict=True)], axis=1
+    )
     for t in range(taps):
-        largest = np.full((len(inside), second.shape[2]), -np.inf)
-        for p in range(t * pooled, (t + 1) * pooled):
-            hidden = [
-                bounds.value(own[:, p] @ first.weight.T + first.bias)
-                for own, first in zip(x, given.first, strict=True)
-            ]
-            there = inside[:, p, np.newaxis]
-            largest = np.maximum(largest, np.where(there, np.concatenate(hidden, axis=1), -np.inf))
+        largest = np.full((count, second.shape[2]), -np.inf)
+        for p in range(pooled):
+            there = read[:, t, p, np.newaxis] < len(hidden)
+            seen = hidden[np.minimum(read[:, t, p], len(hidden) - 1)]
+            largest = np.maximum(largest, np.where(there, seen, -np.inf))
         total = total + np.where(np.isfinite(largest), largest, 0) @ second[:, t].T
     return total.astype(np.float32)
 
 
+def places(rng: np.random.Generator, rows: int, taps: int, pooled: int = 1) -> Places:
+    """Places of a tensor that several rows read, and some that are padding."""
+    count = max(rows * taps * pooled // 2, 1)
+    read = rng.integers(0, count, (rows, taps, pooled))
+    read[rng.random(read.shape) < 0.1] = count
+    return Places.of(read, count)
+
+
 def rows(rng: np.random.Generator, count: int, teacher: Layers, width: int, bounds: Bounds) -> Rows:
     taps = teacher.second[0].weight.shape[1] // sum(len(f.bias) for f in teacher.first)
-    x, inside = (normal(rng, count, taps, width),), rng.random((count, taps)) < 0.9
-    return Rows(x, inside, answer(x, inside, teacher, bounds), None)
+    where = places(rng, count, taps)
+    x = (normal(rng, where.count, width),)
+    return Rows(x, where, answer(x, where.read, teacher, bounds), None)
+
+
+def some_rows(given: Rows, part: slice) -> Rows:
+    """Some rows, each of which reads places of its own."""
+    read = given.places.read[part]
+    inside = read < given.places.count
+    own = np.where(inside, np.cumsum(inside).reshape(read.shape) - 1, inside.sum())
+    x = given.x[0][read[inside]]
+    shortcut = None if given.shortcut is None else given.shortcut[part]
+    return Rows((x,), Places.of(own, len(x)), given.target[part], shortcut)
 
 
 def without_units(teacher: Layers, kept: int) -> Layers:
@@ -123,19 +142,17 @@ def test_rows_held_out_are_never_served_worse(seed: int, bounds: Bounds, count: 
     assert (found.layers is given) == (found.after == found.before)
 
 
-def test_what_stands_at_taps_outside_does_not_count() -> None:
+def test_places_may_be_named_in_any_order_and_twice() -> None:
     rng = np.random.default_rng(2)
     teacher = layers(rng, 5, 6, 3, 3)
     fit, held = (rows(rng, n, teacher, 5, RELU) for n in (500, 200))
     start = without_units(teacher, 4)
 
-    def filled(given: Rows, value: float) -> Rows:
-        x = np.where(given.inside[:, :, np.newaxis], given.x[0], np.float32(value))
-        return dataclasses.replace(given, x=(x.astype(np.float32),))
-
-    a, b = (jointly(filled(fit, v), filled(held, v), start, RELU, NONE) for v in (0.0, 1.0))
+    a = jointly(fit, held, start, RELU, NONE)
+    alone_fit, alone_held = (some_rows(given, slice(None)) for given in (fit, held))
+    b = jointly(alone_fit, alone_held, start, RELU, NONE)
     assert a.before == pytest.approx(b.before)
-    # The curvature of inputs sees them; what is missing does not.
+    # Whitening looks at other places, so the steps are not quite the same.
     assert a.after == pytest.approx(b.after, rel=0.1)
 
 
@@ -176,8 +193,8 @@ def test_parts_and_threads_change_nothing() -> None:
     fit, held = (rows(rng, n, teacher, 5, RELU) for n in (600, 200))
 
     def parts(given: Rows, count: int) -> list[Rows]:
-        split = (np.split(a, count) for a in (given.x[0], given.inside, given.target))
-        return [Rows((x,), inside, y, None) for x, inside, y in zip(*split, strict=True)]
+        size = len(given.target) // count
+        return [some_rows(given, slice(i * size, (i + 1) * size)) for i in range(count)]
 
     start = without_units(teacher, 4)
     whole = jointly(fit, held, start, RELU, NONE)
@@ -207,12 +224,11 @@ def test_several_layers_on_both_sides_learn_what_others_did(pooled: int) -> None
     teacher = Layers(first, (made_layer(rng, 3, 12, 1.0), made_layer(rng, 2, 24, 1.0)))
 
     def seen(count: int, reader: int) -> Rows:
-        places = (1, 2)[reader] * pooled
-        x = (normal(rng, count, places, 5), normal(rng, count, places, 4))
-        inside = rng.random((count, places)) < 0.9
-        return Rows(x, inside, answer(x, inside, teacher, RELU, reader, pooled), None)
+        where = places(rng, count, 1 + reader, pooled)
+        x = (normal(rng, where.count, 5), normal(rng, where.count, 4))
+        return Rows(x, where, answer(x, where.read, teacher, RELU, reader), None)
 
-    tasks = [Task([seen(3000, r)], [seen(1000, r)], NONE, pooled=pooled) for r in (0, 1)]
+    tasks = [Task([seen(3000, r)], [seen(1000, r)], NONE) for r in (0, 1)]
     assert jointly_of_all(tasks, teacher, [RELU, RELU]).before < 1e-6
     found = jointly_of_all(tasks, without_units(teacher, 4), [RELU, RELU], turns=20)
     assert found.after < 0.7 * found.before
@@ -229,10 +245,13 @@ def test_all_targets_count_alike_whatever_their_scale() -> None:
         )
         given = Layers(first, (teacher.second[0], scaled))
         rng = np.random.default_rng(12)
-        x = [(normal(rng, n, 1, 5),) for n in (1000, 300)]
-        inside = [np.ones((len(own[0]), 1), np.bool_) for own in x]
+        where = [places(rng, n, 1) for n in (1000, 300)]
+        x = [(normal(rng, w.count, 5),) for w in where]
         parts = [
-            [Rows(o, i, answer(o, i, given, RELU, r), None) for o, i in zip(x, inside, strict=True)]
+            [
+                Rows(o, w, answer(o, w.read, given, RELU, r), None)
+                for o, w in zip(x, where, strict=True)
+            ]
             for r in (0, 1)
         ]
         return [Task([fit], [held], NONE) for fit, held in parts], without_units(given, 4)

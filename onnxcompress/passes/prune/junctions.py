@@ -25,6 +25,7 @@ from onnxcompress.context import PassContext
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.numerics.clipping import Bounds
 from onnxcompress.numerics.joint import Fitted, Floats, Layer, Layers, Rows, Task, jointly
+from onnxcompress.numerics.places import Places
 from onnxcompress.numerics.scalar_function import ScalarFunction
 from onnxcompress.passes.prune.consumers import Consumer
 from onnxcompress.passes.prune.fit import FOLDS
@@ -49,7 +50,7 @@ _Side = tuple[Consumer, Indices, Indices]
 MOST_ROWS = 16384
 """Rows of one of the layers behind that are fitted to."""
 _MOST_BYTES = 128 << 20
-"""Inputs of the layers in front at all places that those behind read."""
+"""Inputs of the layers in front at the places that those behind read."""
 _CHUNK_BYTES = 2 << 20
 """Of rows that are treated at a time, at least; threads share such chunks."""
 _ROWS_PER_COLUMN = 4
@@ -133,12 +134,11 @@ class Junction:
             if not fit or not held:
                 return None
             bounds = reader.bounds or Bounds()
-            tasks.append(Task(fit, held, bounds, ridge, self.hidden.pooled))
+            tasks.append(Task(fit, held, bounds, ridge))
         layers = self._layers(model)
         activations: list[ScalarFunction] = []
         for number, (maker, layer) in enumerate(zip(self.makers, layers.first, strict=True)):
-            x = tasks[0].held[0].x[number]
-            seen = x.reshape(-1, x.shape[2]) @ layer.weight.T + layer.bias
+            seen = tasks[0].held[0].x[number] @ layer.weight.T + layer.bias
             activation = maker.branch.function(seen, ctx)
             if activation is None:
                 return None
@@ -163,17 +163,25 @@ class Junction:
             tuple(_layer(model, _side(r)) for r in self.readers),
         )
 
-    def _most_rows(self, reader: Job) -> int:
+    def _most_rows(self, reader: Job, stream: Stream, names: Mapping[str, str]) -> int:
+        """Rows of a layer behind whose places surely fit into memory."""
         width = sum(len(m.side[2]) for m in self.makers)
-        places = reader.consumer.taps * self.hidden.pooled
-        most = _MOST_BYTES // (len(self.readers) * 4 * places * max(width, 1))
-        return min(MOST_ROWS, most)
+        fitting = _MOST_BYTES // (len(self.readers) * 4 * max(width, 1))
+        _, shapes = stream.shapes(names.get(self.data[0], self.data[0]))
+        if sum(self._places(shape) for shape in shapes) <= fitting:
+            return MOST_ROWS
+        return min(MOST_ROWS, fitting // (reader.consumer.taps * self.hidden.pooled))
+
+    def _places(self, shape: Sequence[int]) -> int:
+        """How many places the hidden tensor has, from the shape of what the first maker reads."""
+        samples, _, *lengths = made_shape(self.makers[0].branch.layer.unfold, shape)
+        return math.prod((samples, *lengths))
 
     def _rows(
         self, reader: Job, stream: Stream, names: Mapping[str, str], seed: int, each: Each
     ) -> tuple[list[Rows], list[Rows]]:
         """Rows to fit to and, from other samples, to judge by; none if there are too few."""
-        most = self._most_rows(reader)
+        most = self._most_rows(reader, stream, names)
         sides = [*(m.side for m in self.makers), _side(reader)]
         least = _ROWS_PER_COLUMN * max(len(columns) for _, _, columns in sides)
         if stream.run_count < FOLDS:
@@ -205,20 +213,24 @@ class Junction:
     def _seen(self, reader: Job, drawn: _Drawn) -> Rows:
         """What the layers see and should answer there."""
         shape = made_shape(self.makers[0].branch.layer.unfold, drawn.inputs[0].shape)
-        places = read_places(reader.consumer.unfold, self.hidden.pool, shape, drawn.rows)
-        inside = places >= 0
-        read, there = np.maximum(places, 0).ravel(), math.prod((shape[0], *shape[2:]))
-        x = []
-        for maker, data in zip(self.makers, drawn.inputs, strict=True):
-            seen = unfolded(data, maker.branch.layer.unfold, maker.inputs, read, there)[0]
-            x.append(seen.reshape(*places.shape, -1).astype(np.float32, copy=False))
+        read = read_places(reader.consumer.unfold, self.hidden.pool, shape, drawn.rows)
+        # Numbers begin with that of padding, if there is any, which goes to the end.
+        numbers, inverse = np.unique(read, return_inverse=True)
+        own = numbers[numbers >= 0]
+        places = (inverse - (len(numbers) - len(own))) % (len(own) + 1)
+        there = self._places(drawn.inputs[0].shape)
+        x = tuple(
+            unfolded(data, m.branch.layer.unfold, m.inputs, own, there)[0].astype(np.float32)
+            for m, data in zip(self.makers, drawn.inputs, strict=True)
+        )
 
         def picked_rows(value: Floating) -> Floats:
             taken = rows_along(value, reader.consumer.target_axis, drawn.rows)
             return picked(taken, None, reader.outputs).astype(np.float32)
 
         shortcut = None if drawn.shortcut is None else picked_rows(drawn.shortcut)
-        return Rows(tuple(x), inside, picked_rows(drawn.total), shortcut)
+        grouped = places.reshape(len(drawn.rows), -1, self.hidden.pooled)
+        return Rows(x, Places.of(grouped, len(own)), picked_rows(drawn.total), shortcut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +348,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     shortcuts = [p.shortcut for p in parts if p.shortcut is not None]
     return Rows(
         tuple(np.concatenate(same) for same in zip(*(p.x for p in parts), strict=True)),
-        np.concatenate([p.inside for p in parts]),
+        Places.joined([p.places for p in parts]),
         np.concatenate([p.target for p in parts]),
         np.concatenate(shortcuts) if shortcuts else None,
     )

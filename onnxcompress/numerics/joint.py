@@ -44,7 +44,7 @@ from onnxcompress.numerics.scalar_function import ScalarFunction
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-TURNS = 4
+TURNS = 6
 """Most turns; each fits all layers once."""
 _SOLVES = 2
 """Conjugate gradients of one step."""

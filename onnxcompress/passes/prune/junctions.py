@@ -49,7 +49,7 @@ _Side = tuple[Consumer, Indices, Indices]
 
 MOST_ROWS = 16384
 """Rows of one of the layers behind that are fitted to."""
-_MOST_BYTES = 128 << 20
+_MOST_BYTES = 256 << 20
 """Inputs of the layers in front at the places that those behind read."""
 _CHUNK_BYTES = 2 << 20
 """Of rows that are treated at a time, at least; threads share such chunks."""
@@ -333,9 +333,9 @@ def tapped(unfold: Unfold, shape: Sequence[int], rows: Indices) -> Indices:
 
 
 def _chunks(parts: Sequence[Rows]) -> list[Rows]:
-    """The same rows in parts of about :data:`_CHUNK_BYTES`."""
+    """The same rows in parts of :data:`_CHUNK_BYTES` or more."""
     chunks: list[list[Rows]] = [[]]
-    for part in parts:
+    for part in (p for p in parts if len(p.target)):
         if sum(x.nbytes for p in chunks[-1] for x in p.x) >= _CHUNK_BYTES:
             chunks.append([])
         chunks[-1].append(part)

@@ -133,7 +133,7 @@ class Fitted:
         layers: The weights.
         before: The error that the given weights leave, relative to the energy of the targets; the
             mean over the second layers.
-        after: The same of these weights.
+        after: The same of these weights, before the second layers were fitted to all rows.
     """
 
     layers: Layers
@@ -214,7 +214,9 @@ def jointly(
     turns: int = TURNS,
     each: Each = map,
 ) -> Fitted:
-    """Fit all layers; never worse than the given weights on the rows held out.
+    """Fit all layers, where that serves the rows held out better than the given weights do.
+
+    What is found is then fitted to all rows, in the second layers.
 
     Args:
         tasks: What each second layer is fitted to.
@@ -225,6 +227,7 @@ def jointly(
     """
     own = _Parts(tasks, [t.fit for t in tasks], hidden, each)
     others = _Parts(tasks, [t.held for t in tasks], hidden, each)
+    ridges = [t.ridge for t in tasks]
     best = layers
     before = least = others.error(layers)
     if before < _NOTHING:
@@ -232,7 +235,7 @@ def jointly(
     whitening = [_whitening(own, maker) for maker in range(len(hidden))]
     steps = (
         functools.partial(_first, own, whitening=whitening),
-        functools.partial(_second, own, ridges=[t.ridge for t in tasks]),
+        functools.partial(_second, own, ridges=ridges),
     )
     for _ in range(turns):
         start = least
@@ -246,7 +249,8 @@ def jointly(
             break
     if not least < (1.0 - _LEAST_GAIN) * before:
         return Fitted(layers, before, before)
-    return Fitted(best, before, least)
+    every = _Parts(tasks, [[*t.fit, *t.held] for t in tasks], hidden, each)
+    return Fitted(_second(every, best, ridges), before, least)
 
 
 class _Parts:

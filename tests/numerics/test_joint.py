@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from onnxcompress.numerics import joint
 from onnxcompress.numerics.clipping import Bounds
-from onnxcompress.numerics.joint import Fitted, Floats, Layer, Layers, Rows, Task
+from onnxcompress.numerics.hidden import Floats, Layer, Layers, Rows
+from onnxcompress.numerics.joint import Fitted, Task
 from onnxcompress.numerics.joint import jointly as jointly_of_all
 from onnxcompress.numerics.places import Places
 

@@ -24,7 +24,8 @@ from onnxcompress.calibration.statistics import ConvUnfold, Unfold
 from onnxcompress.context import PassContext
 from onnxcompress.graph.coupling import Coupling
 from onnxcompress.numerics.clipping import Bounds
-from onnxcompress.numerics.joint import Fitted, Floats, Layer, Layers, Rows, Task, jointly
+from onnxcompress.numerics.hidden import Floats, Layer, Layers, Rows
+from onnxcompress.numerics.joint import Fitted, Task, jointly
 from onnxcompress.numerics.places import Places
 from onnxcompress.numerics.scalar_function import ScalarFunction
 from onnxcompress.passes.prune.consumers import Consumer

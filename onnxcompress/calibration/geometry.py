@@ -108,6 +108,18 @@ class ConvGrid:
     unfold: ConvUnfold
     padded: tuple[int, ...]
 
+    @classmethod
+    def over(cls, unfold: ConvUnfold, lengths: Sequence[int]) -> ConvGrid:
+        """The positions over inputs that are not padded yet.
+
+        Args:
+            unfold: The geometry.
+            lengths: Lengths of the spatial axes.
+        """
+        half = len(unfold.kernel)
+        ends = zip(lengths, unfold.pads[:half], unfold.pads[half:], strict=True)
+        return cls(unfold, tuple(length + begin + end for length, begin, end in ends))
+
     @property
     def outputs(self) -> tuple[int, ...]:
         """Lengths of the output, ``(padded - (kernel - 1) dilation - 1) // stride + 1``."""

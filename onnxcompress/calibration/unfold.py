@@ -153,11 +153,7 @@ def _known(lengths: Sequence[int | None]) -> tuple[int, ...] | None:
 
 def _grid(unfold: ConvUnfold, sample: tuple[int | None, ...] | None) -> ConvGrid | None:
     lengths = None if sample is None else _known(sample[1:])
-    if lengths is None:
-        return None
-    half = len(unfold.pads) // 2
-    pads = zip(unfold.pads[:half], unfold.pads[half:], strict=True)
-    return ConvGrid(unfold, tuple(n + a + b for n, (a, b) in zip(lengths, pads, strict=True)))
+    return None if lengths is None else ConvGrid.over(unfold, lengths)
 
 
 def _fed_rows(per_sample: int, max_rows: int | None, inputs: Inputs) -> tuple[ir.Value | None, int]:

@@ -144,13 +144,18 @@ def fire(
     return model
 
 
-def junctions(model: ir.Model) -> dict[str, Junction]:
+def masked_with_junctions(model: ir.Model) -> tuple[ir.Model, dict[str, Junction]]:
+    """The model without every other unit of its hidden tensors, and what can be fitted together."""
     coupling, layers = analyse(model), Layers.of(model)
     removed = {g.index: np.arange(0, g.size, 2) for g in coupling.groups if g.size in {8, 16}}
     masked, kept = mask(model, coupling, removed), coupling.kept(removed)
     branches = Branches.of(model, coupling, removed, layers)
     levels, _ = jobs_of(model, masked, coupling, kept, layers, True, branches)
-    return junctions_of(model, masked, levels, layers.consumers, coupling, kept)
+    return masked, junctions_of(model, masked, levels, layers.consumers, coupling, kept)
+
+
+def junctions(model: ir.Model) -> dict[str, Junction]:
+    return masked_with_junctions(model)[1]
 
 
 @pytest.mark.parametrize(
@@ -243,12 +248,7 @@ def test_rows_and_weights_of_a_junction_give_what_the_network_gives(
         "pooled": ("pool", False),
     }[model]
     built = fire(between, split=split)
-    coupling, layers = analyse(built), Layers.of(built)
-    removed = {g.index: np.arange(0, g.size, 2) for g in coupling.groups if g.size == 8}
-    masked, kept = mask(built, coupling, removed), coupling.kept(removed)
-    branches = Branches.of(built, coupling, removed, layers)
-    levels, _ = jobs_of(built, masked, coupling, kept, layers, True, branches)
-    found = junctions_of(built, masked, levels, layers.consumers, coupling, kept)
+    masked, found = masked_with_junctions(built)
     (junction,) = found.values()
     # Without the original beside it the target is what the layer itself answers.
     asked = [name for reader in junction.readers for name in reader.wanted]

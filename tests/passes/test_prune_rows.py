@@ -24,6 +24,7 @@ from onnxcompress.passes.prune.rows import (
     RowPlan,
     RowSource,
     Sums,
+    _finite,
     axis_last,
     gathered,
     rows_along,
@@ -194,3 +195,10 @@ def test_the_ridge_is_small_where_the_samples_tell_and_large_where_they_do_not()
     assert choose(folds(3.0, 50)[:1], prior, np.zeros(1), 0.0) == 1e-1
     fitted = regress(folds(3.0, 2000)[0], prior, RIDGES[0])[0]
     assert fitted[0, 0] == pytest.approx(3.0, abs=0.1)
+
+
+def test_sums_that_overflow_in_single_precision_are_finite() -> None:
+    large = np.full(4, np.finfo(np.float32).min)
+    assert _finite(large)
+    assert not _finite(np.array([0.0, np.nan], np.float32))
+    assert not _finite(np.array([np.inf, -np.inf], np.float32))

@@ -175,8 +175,11 @@ class Junction:
 
     def _places(self, shape: Sequence[int]) -> int:
         """How many places the hidden tensor has, from the shape of what the first maker reads."""
-        samples, _, *lengths = made_shape(self.makers[0].branch.layer.unfold, shape)
-        return math.prod((samples, *lengths))
+        return math.prod(self._shape(shape))
+
+    def _shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The hidden tensor's shape, but one channel, from that of what the first maker reads."""
+        return made_shape(self.makers[0].branch.layer.unfold, shape)
 
     def _rows(
         self, reader: Job, stream: Stream, names: Mapping[str, str], seed: int, each: Each
@@ -213,15 +216,16 @@ class Junction:
 
     def _seen(self, reader: Job, drawn: _Drawn) -> Rows:
         """What the layers see and should answer there."""
-        shape = made_shape(self.makers[0].branch.layer.unfold, drawn.inputs[0].shape)
+        shape = self._shape(drawn.inputs[0].shape)
         read = read_places(reader.consumer.unfold, self.hidden.pool, shape, drawn.rows)
         # Numbers begin with that of padding, if there is any, which goes to the end.
         numbers, inverse = np.unique(read, return_inverse=True)
         own = numbers[numbers >= 0]
         places = (inverse - (len(numbers) - len(own))) % (len(own) + 1)
-        there = self._places(drawn.inputs[0].shape)
         x = tuple(
-            unfolded(data, m.branch.layer.unfold, m.inputs, own, there)[0].astype(np.float32)
+            unfolded(data, m.branch.layer.unfold, m.inputs, own, math.prod(shape))[0].astype(
+                np.float32
+            )
             for m, data in zip(self.makers, drawn.inputs, strict=True)
         )
 
@@ -276,9 +280,7 @@ def made_shape(unfold: Unfold, shape: Sequence[int]) -> tuple[int, ...]:
     """
     if not isinstance(unfold, ConvUnfold):
         return (int(np.prod(shape[:-1])), 1)
-    half = len(unfold.kernel)
-    padded = [n + unfold.pads[i] + unfold.pads[i + half] for i, n in enumerate(shape[2:])]
-    return (shape[0], 1, *ConvGrid(unfold, tuple(padded)).outputs)
+    return (shape[0], 1, *ConvGrid.over(unfold, shape[2:]).outputs)
 
 
 def read_places(
@@ -318,9 +320,7 @@ def tapped(unfold: Unfold, shape: Sequence[int], rows: Indices) -> Indices:
     if not isinstance(unfold, ConvUnfold):
         return rows[:, np.newaxis]
     lengths = tuple(shape[2:])
-    half = len(lengths)
-    begin, end = unfold.pads[:half], unfold.pads[half:]
-    grid = ConvGrid(unfold, tuple(n + a + b for n, a, b in zip(lengths, begin, end, strict=True)))
+    grid, begin = ConvGrid.over(unfold, lengths), unfold.pads[: len(lengths)]
     sample, place = np.divmod(rows, grid.per_sample)
     flat = grid.places()[place]
     found = np.broadcast_to(sample[:, np.newaxis], flat.shape).copy()

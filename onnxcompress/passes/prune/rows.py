@@ -220,8 +220,7 @@ class RowSource:
             feeds = RunFeeds(count, self._stream.sample_count, 1.0, random)
             pairs = self._drawn(feeds, found, number, number * plan.folds // runs)
             for name, array in ((plan.data, pairs.x), (plan.total, pairs.y)):
-                # Sums of finite numbers overflow to infinity only where refitting is pointless too.
-                if not np.isfinite(array.sum()):
+                if not _finite(array):
                     raise DataError(
                         f"tensor '{name}' has NaN or infinite values on calibration samples",
                         hint="Check the model and the samples: a float model must give finite "
@@ -255,6 +254,15 @@ class RowSource:
             shortcut = rows_along(floating(found[plan.shortcut]), plan.axis, rows)
             shortcut = picked(shortcut, None, plan.outputs)
         return Pairs(fold, x, picked(y, None, plan.outputs), shortcut)
+
+
+def _finite(array: Floating) -> bool:
+    """Whether all numbers are; their sum in float64 says so, if that in float32 overflows.
+
+    In float64 it overflows only where refitting is pointless, too.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum()) or np.isfinite(array.sum(dtype=np.float64)))
 
 
 def chosen_rows(feeds: RunFeeds, there: int, max_rows: int) -> Indices | None:
@@ -315,15 +323,12 @@ def unfolded(
         flat = axis_last(x, unfold.axis)
         _check(len(flat), there)
         return picked(flat, rows, channels)[np.newaxis]
-    begins = unfold.pads[: len(unfold.pads) // 2]
-    ends = unfold.pads[len(begins) :]
     if not channels.all():
         x = x[:, channels]
     last = np.moveaxis(x, 1, -1)
-    lengths = tuple(n + a + b for n, a, b in zip(x.shape[2:], begins, ends, strict=True))
-    grid = ConvGrid(unfold, lengths)
+    grid, begins = ConvGrid.over(unfold, x.shape[2:]), unfold.pads[: x.ndim - 2]
     _check(len(x) * grid.per_sample, there)
-    padded = np.zeros((len(x), *lengths, x.shape[1]), x.dtype)
+    padded = np.zeros((len(x), *grid.padded, x.shape[1]), x.dtype)
     inner = (slice(a, a + n) for a, n in zip(begins, x.shape[2:], strict=True))
     padded[(slice(None), *inner)] = last
     flat = padded.reshape(-1, x.shape[1])

@@ -28,6 +28,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "prune": "onnxcompress.passes.prune:PrunePass",
         "svd": "onnxcompress.passes.svd:SvdPass",
         "sparse": "onnxcompress.passes.sparse:SparsePass",
+        "distill": "onnxcompress.passes.distill:DistillPass",
         "quant": "onnxcompress.passes.quant:QuantPass",
         "share": "onnxcompress.passes.share:SharePass",
         "fp16": "onnxcompress.passes.fp16:Fp16Pass",

@@ -10,6 +10,7 @@ measured.
 
 The methods ending in ``+ls`` refit the layers behind what was removed; the others only cut. All of
 them share coupling, allocation and alignment, so rows differ in the criterion and the repair alone.
+With ``--distill`` the result then learns from the original as ``distill`` by default does it.
 ``cpu`` is processor time in seconds: on a busy machine ``seconds`` says little.
 """
 
@@ -32,6 +33,7 @@ from onnxcompress.calibration.sources import open_dataset
 from onnxcompress.context import PassContext
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.interface import input_specs
+from onnxcompress.passes.distill import DistillPass
 from onnxcompress.passes.fold import FoldPass
 from onnxcompress.passes.prune import Importance, PruneOptions, PrunePass
 from onnxcompress.passes.quant.clock import run_times
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="names in the zoo")
     parser.add_argument("--suite", action="store_true", help="the documentation's table")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--distill", action="store_true", help="let the results learn, too")
     parser.add_argument("--zoo", required=True, type=Path, help="folder that holds zoo.py")
     parser.add_argument("--models-dir", required=True, type=Path, help="folder of prepared models")
     parser.add_argument("--macs", default="0.8", help="comma-separated fractions to keep")
@@ -134,6 +137,7 @@ def measure(
             calibration=open_dataset(calibration, input_specs(model), limit=arguments.samples),
             session=settings,
             batch_size=32,
+            original=source,
         )
         SimplifyPass().run(model, context)
         FoldPass().run(model, context)
@@ -143,6 +147,9 @@ def measure(
         start, processor = time.perf_counter(), time.process_time()
         try:
             report = PrunePass(options).run(model, context)
+            if arguments.distill:
+                taught = DistillPass().run(model, context)
+                row["distill"] = {**taught.figures, "notes": taught.notes}
         except OnnxCompressError as error:
             return {**row, "error": error.message}
         row["seconds"] = time.perf_counter() - start

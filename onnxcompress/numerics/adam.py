@@ -1,13 +1,12 @@
-"""Steps along gradients whose length suits each tensor.
+"""Steps along gradients, in coordinates in which one length of step suits all weights.
 
-With a gradient ``g`` at step ``t``,
+With the gradient ``h`` of the coordinates ``V`` of a weight at step ``t``,
 
-    m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²,
-    W ← W - η_t s · (m/(1 - β₁ᵗ)) / (√(v/(1 - β₂ᵗ)) + ε)
+    m ← β₁ m + (1 - β₁) h,   v ← β₂ v + (1 - β₂) h²,
+    V ← V - η_t s · (m/(1 - β₁ᵗ)) / (√(v/(1 - β₂ᵗ)) + ε)
 
-``s`` is the size that steps are relative to, one for a tensor or one for each of its channels, so
-that one rate suits weights that differ by orders of magnitude. The rate rises over the first steps
-and falls along half a cosine to zero.
+The length of a step is the rate ``η_t`` times the size ``s`` of what is moved, whatever the size of
+the gradient. The rate rises over the first steps and falls along half a cosine to zero.
 
 Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1; Loshchilov
 and Hutter 2017, "SGDR", equation 5 (cosine); You et al. 2020, "Large batch optimization for deep
@@ -18,15 +17,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 
-_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-12
 _WARM = 0.05
 """Part of the steps over which the rate rises."""
+
+
+class Coordinates(Protocol):
+    """What is moved in place of an array that depends on it linearly."""
+
+    @property
+    def size(self) -> Array:
+        """``s``, of a shape that numpy repeats to that of the coordinates."""
+
+    def gradient(self, gradient: Array) -> Array:
+        """The gradient of the coordinates, from that of the array."""
+
+    def move(self, step: Array) -> Array:
+        """What a step of the coordinates adds to the array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """An array that is moved itself.
+
+    Attributes:
+        size: What steps are relative to.
+    """
+
+    size: Array
+
+    def gradient(self, gradient: Array) -> Array:
+        """As it is."""
+        return gradient
+
+    def move(self, step: Array) -> Array:
+        """As it is."""
+        return step
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -40,13 +74,12 @@ class Adam:
 
     Args:
         arrays: What is moved, by name.
-        sizes: ``s`` of each, of a shape that numpy repeats to the array's.
+        coordinates: In which coordinates, by name.
     """
 
-    def __init__(self, arrays: Mapping[str, Array], sizes: Mapping[str, Array]) -> None:
-        self._arrays, self._sizes = arrays, sizes
-        self._first = {name: np.zeros_like(a) for name, a in arrays.items()}
-        self._second = {name: np.zeros_like(a) for name, a in arrays.items()}
+    def __init__(self, arrays: Mapping[str, Array], coordinates: Mapping[str, Coordinates]) -> None:
+        self._arrays, self._coordinates = arrays, coordinates
+        self._moments: dict[str, tuple[Array, Array]] = {}
         self._count = 0
 
     def step(self, gradients: Mapping[str, Array], rate: float) -> None:
@@ -60,12 +93,16 @@ class Adam:
             return
         self._count += 1
         first = 1 / (1 - _BETA_1**self._count)
-        second = 1 / (1 - _BETA_2**self._count)
-        for name, g in gradients.items():
-            m, v = self._first[name], self._second[name]
+        second = np.float32(1 / (1 - _BETA_2**self._count))
+        for name, gradient in gradients.items():
+            own = self._coordinates[name]
+            h = own.gradient(gradient)
+            if name not in self._moments:
+                self._moments[name] = np.zeros_like(h), np.zeros_like(h)
+            m, v = self._moments[name]
             m *= _BETA_1
-            m += (1 - _BETA_1) * g
+            m += (1 - _BETA_1) * h
             v *= _BETA_2
-            v += (1 - _BETA_2) * np.square(g)
-            length = np.float32(rate * first) * self._sizes[name]
-            self._arrays[name] -= length * m / (np.sqrt(v * np.float32(second)) + _EPSILON)
+            v += (1 - _BETA_2) * np.square(h)
+            length = np.float32(rate * first) * own.size
+            self._arrays[name] -= own.move(length * m / (np.sqrt(v * second) + _EPSILON))

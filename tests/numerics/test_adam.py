@@ -1,21 +1,22 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxcompress.numerics.adam import Adam, rate_at
+from onnxcompress.numerics.adam import Adam, Plain, rate_at
 
 
-def _size(*sizes: float) -> npt.NDArray[np.float32]:
-    return np.array(sizes, np.float32)
+def _size(*sizes: float) -> Plain:
+    return Plain(np.array(sizes, np.float32))
 
 
 def test_steps_are_relative_to_the_size_of_each_channel() -> None:
     weights = {"w": np.zeros((2, 3), np.float32)}
-    Adam(weights, {"w": _size(1.0, 10.0)[:, None]}).step({"w": np.ones((2, 3), np.float32)}, 0.1)
+    Adam(weights, {"w": Plain(np.array([[1.0], [10.0]], np.float32))}).step(
+        {"w": np.ones((2, 3), np.float32)}, 0.1
+    )
     assert weights["w"] == pytest.approx(np.array([[-0.1] * 3, [-1.0] * 3]), rel=1e-3)
 
 

@@ -230,6 +230,19 @@ def test_every_model_stays_valid_and_comes_no_further_away(
         assert report.notes
 
 
+def test_samples_of_many_lengths_teach_nothing(tmp_path: Path) -> None:
+    b = ModelBuilder("lengths")
+    x = b.input("x", ["batch", 3, "length"])
+    b.output(b.gemm(b.op("ReduceMean", b.conv(x, 3, 8, rank=1), axes=[2], keepdims=0), 8, 4))
+    original = b.build()
+    model_io.normalize(original)
+    rng = np.random.default_rng(0)
+    items = [rng.standard_normal((1, 3, 6 + i % 8)).astype(np.float32) for i in range(64)]
+    data = open_dataset(lambda: iter([{"x": item} for item in items]), input_specs(original))
+    _, report = taught(noisy(original), job(original, tmp_path, data))
+    assert "many lengths" in report.notes[0]
+
+
 def test_runs_hold_every_sample_once_in_an_order_of_their_own() -> None:
     model = network()
     x = samples(37)

@@ -11,12 +11,10 @@ Source: Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural net
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress import model_io
@@ -26,13 +24,12 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.graph.cost import cost_of
+from onnxcompress.passes._unpadded import unpadded
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage, option
+from onnxcompress.passes.distill.coordinates import LINEAR, biases_of, coordinates_of
 from onnxcompress.passes.distill.learning import learn
 from onnxcompress.passes.distill.lesson import Lesson, activation_bytes
 from onnxcompress.passes.distill.samples import Runs
-
-Array = npt.NDArray[np.generic]
-Float = npt.NDArray[np.float32]
 
 _BATCH = 32
 """Samples per step, at most, and what ``rate`` is meant for."""
@@ -49,9 +46,6 @@ _COMPARABLE = 0.5
 """Relative error from which on a value is not what it was in the original, whatever its name."""
 _ROUNDING = 1e-9
 """Relative error that two orders of summation make."""
-_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_LEAST_SIZE = 1e-2
-"""Of the whole tensor's, a channel's size is taken to be this at least: some have no weights."""
 _EPOCHS = 10
 _WORK = 4e12
 """Multiply-accumulates of all steps, where the user does not say how many passes there are."""
@@ -72,8 +66,8 @@ class DistillOptions(PassOptions):
         minimum=0,
     )
     rate: float = option(
-        0.015,
-        "how far a weight moves in a step at most, relative to the mean size of its tensor, for "
+        0.007,
+        "how far weights move in a step at most, relative to the size of their channel, for "
         f"{_BATCH} samples a step",
         minimum=1e-6,
         maximum=1.0,
@@ -116,6 +110,7 @@ class DistillPass:
         Raises:
             DataError: If a sample cannot be read.
         """
+        ctx = unpadded(model, ctx)
         data = ctx.calibration
         if ctx.original is None or data is None:
             return _nothing("there is no original, or there are no samples, to learn from")
@@ -131,6 +126,10 @@ class DistillPass:
         size = int(np.clip(data.sample_count // _STEPS, _LEAST_BATCH, _BATCH))
         size = min(self._options.batch or size, max(_ACTIVATION_BYTES // sample_bytes, 1))
         runs = Runs(data, size)
+        if 2 * runs.left_out > data.sample_count:
+            return _nothing(
+                "the samples are of many lengths without their padding, and runs must be of one"
+            )
         original = model_io.load(ctx.original)
         try:
             lesson = Lesson.of(model, original, runs.first, learners, ctx)
@@ -163,7 +162,7 @@ class DistillPass:
             runs,
             energies,
             before,
-            _sizes(model, old),
+            coordinates_of(model, old, ctx),
             steps,
             self._options.rate * runs.size / _BATCH,
             ctx,
@@ -220,63 +219,12 @@ def _nothing(reason: str) -> PassReport:
 
 def _learners(model: ir.Model) -> list[str]:
     """The weights and biases of linear layers."""
-    found: dict[str, None] = {}
-    for node in model.graph:
-        if node.domain or node.op_type not in _LINEAR:
-            continue
-        for value in (*node.inputs[1:2], *_biases(node)):
-            _add(found, value)
-    return list(found)
-
-
-def _add(found: dict[str, None], value: ir.Value | None) -> None:
-    if value is None or not value.is_initializer() or value.is_graph_input():
-        return
-    if value.dtype == ir.DataType.FLOAT and constant_of(value) is not None:
-        found[value.name or ""] = None
-
-
-def _sizes(model: ir.Model, weights: Mapping[str, Float]) -> dict[str, Float]:
-    """The root mean square of the weights of each channel, which its bias is measured by, too.
-
-    Where BatchNormalization was folded into a layer, its channels differ by orders of magnitude,
-    and a step that suits one would destroy another.
-    """
-    found = {n: np.array(_scale(a), np.float32) for n, a in weights.items()}
-    for node in model.graph:
-        if node.op_type not in _LINEAR or (weight := node.inputs[1]) is None:
-            continue
-        array = weights.get(weight.name or "")
-        if array is None or array.ndim < 2:
-            continue
-        axis = _output_axis(node, array.ndim)
-        others = tuple(i for i in range(array.ndim) if i != axis)
-        scale = np.sqrt(np.mean(np.square(array, dtype=np.float64), axis=others, keepdims=True))
-        scale = np.maximum(scale, _LEAST_SIZE * _scale(array))
-        found[weight.name or ""] = scale.astype(np.float32)
-        for bias in _biases(node):
-            name = bias.name or ""
-            if name in weights and weights[name].shape == (array.shape[axis],):
-                found[name] = scale.reshape(-1).astype(np.float32)
-    return found
-
-
-def _scale(array: Float) -> float:
-    return max(float(np.sqrt(np.mean(np.square(array, dtype=np.float64)))), 1e-12)
-
-
-def _output_axis(node: ir.Node, rank: int) -> int:
-    """The axis of a weight that counts the channels it makes."""
-    if node.op_type == "Gemm":
-        flipped = node.attributes.get("transB")
-        return 0 if flipped is not None and flipped.as_int() else 1
-    return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
-
-
-def _biases(node: ir.Node) -> list[ir.Value]:
-    """What is added to the output of a linear layer, its own bias or that of an Add behind."""
-    found = list(node.inputs[2:])
-    if node.op_type == "MatMul":
-        uses = (use.node for use in node.outputs[0].uses() if use.node.op_type == "Add")
-        found += [value for add in uses for value in add.inputs]
-    return [value for value in found if value is not None and value.is_initializer()]
+    layers = (node for node in model.graph if not node.domain and node.op_type in LINEAR)
+    weights = [v.name or "" for node in layers if (v := node.inputs[1]) is not None]
+    names = [*weights, *biases_of(model)]
+    known = model.graph.initializers
+    return [
+        n
+        for n in dict.fromkeys(names)
+        if n in known and known[n].dtype == ir.DataType.FLOAT and constant_of(known[n]) is not None
+    ]

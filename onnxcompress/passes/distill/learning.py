@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcompress.context import PassContext
-from onnxcompress.numerics.adam import Adam, rate_at
+from onnxcompress.numerics.adam import Adam, Coordinates, rate_at
 from onnxcompress.passes.distill.lesson import Lesson
 from onnxcompress.passes.distill.samples import Runs
 
-Float = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 _WINDOWS = 20
@@ -29,7 +28,7 @@ def learn(
     runs: Runs,
     energies: Floats,
     start: float,
-    sizes: Mapping[str, Float],
+    coordinates: Mapping[str, Coordinates],
     steps: int,
     rate: float,
     ctx: PassContext,
@@ -44,7 +43,7 @@ def learn(
         runs: The samples.
         energies: What errors are relative to, as in :meth:`Lesson.gradients`.
         start: The loss of the weights as they are.
-        sizes: What steps are relative to, by weight.
+        coordinates: In which each weight is moved.
         steps: How many.
         rate: The largest step.
         ctx: The job: its seed, and where progress is shown.
@@ -56,7 +55,7 @@ def learn(
     zeros = {name: array == 0 for name, array in old.items() if array.ndim > 1}
     window = max(steps // _WINDOWS, _LEAST_WINDOW)
     rng = np.random.default_rng(ctx.seed)
-    optimizer = Adam(lesson.weights, sizes)
+    optimizer = Adam(lesson.weights, coordinates)
     batches = itertools.chain.from_iterable(runs.shuffled(rng) for _ in itertools.count())
     seen: list[float] = []
     with ctx.progress.task("distill: learning from the original", steps) as task:
@@ -70,7 +69,7 @@ def learn(
                 if not np.mean(seen) < _RISE * start:
                     for name, array in old.items():
                         lesson.weights[name][...] = array
-                    optimizer = Adam(lesson.weights, sizes)
+                    optimizer = Adam(lesson.weights, coordinates)
                     rate /= 2
                 seen.clear()
             task.advance()

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import is_constant
+from onnxcompress.passes.distill.coordinates import LINEAR
 
 Shapes = Mapping[ir.Value, Sequence[int | None]]
 
-_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_TELLING = _LINEAR | {"Add", "BatchNormalization", "LayerNormalization"}
+_TELLING = LINEAR | {"Add", "BatchNormalization", "LayerNormalization"}
 
 
 def places_of(

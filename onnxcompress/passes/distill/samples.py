@@ -26,7 +26,7 @@ class Runs:
     Attributes:
         size: Samples per run.
         first: The feeds of a run.
-        left_out: Samples of other shapes than the first one, or that fill no run.
+        left_out: Samples that have not the shape that most have, or that fill no run.
 
     Raises:
         DataError: If a sample cannot be read.
@@ -38,12 +38,10 @@ class Runs:
         bytes_each = sum(a.nbytes for a in one.values()) // (group or 1)
         data = data.spread(max(_MOST_BYTES // max(bytes_each, 1), group or size))
         # Where the model fixes the batch, a run is a unit; else a sample is.
-        shapes = {name: array.shape for name, array in one.items()}
-        self._units: list[Feeds] = [
-            feeds
-            for feeds in data.batches(1)
-            if all(feeds[name].shape == shape for name, shape in shapes.items())
-        ]
+        units: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
+        for feeds in data.batches(1):
+            units.setdefault(tuple(array.shape for array in feeds.values()), []).append(feeds)
+        self._units = max(units.values(), key=len)
         self._joined = 1 if group else min(size, len(self._units))
         self.size = group or self._joined
         self.first: Feeds = self._stacked(np.arange(self._joined))

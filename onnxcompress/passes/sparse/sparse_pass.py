@@ -18,8 +18,9 @@ from onnxcompress.context import PassContext
 from onnxcompress.errors import UsageError
 from onnxcompress.numerics import sparsity
 from onnxcompress.numerics.sparsity import NofM
+from onnxcompress.passes._layers import Layer, measured
 from onnxcompress.passes.base import Change, PassReport, Stage
-from onnxcompress.passes.sparse.layers import Layer, choose, measured, scores
+from onnxcompress.passes.sparse.layers import choose, scores
 from onnxcompress.passes.sparse.options import Importance, Scope, SparseOptions, Store
 
 Float64 = npt.NDArray[np.float64]

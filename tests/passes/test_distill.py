@@ -18,6 +18,7 @@ from onnxcompress.graph.constants import constant_of, set_initializer
 from onnxcompress.interface import input_specs
 from onnxcompress.passes.base import PassReport
 from onnxcompress.passes.distill import DistillOptions, DistillPass
+from onnxcompress.passes.distill.lesson import Lesson
 from onnxcompress.passes.distill.samples import Runs
 from onnxcompress.passes.prune import PruneOptions, PrunePass
 from onnxcompress.pipeline import compress
@@ -162,6 +163,20 @@ def test_where_there_is_nothing_to_learn_from_nothing_changes(
     found, report = taught(damaged, change(job(original, tmp_path, samples(64))))
     assert reason in report.notes[0]
     assert not report.changes
+    assert error(found, damaged, samples(4)) == 0
+
+
+def test_where_memory_is_short_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Lesson, "gradients", refuse)
+    original = network()
+    damaged = noisy(original)
+    found, report = taught(damaged, job(original, tmp_path, samples(64)))
+    assert "distill.batch" in report.notes[0]
     assert error(found, damaged, samples(4)) == 0
 
 

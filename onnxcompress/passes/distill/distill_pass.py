@@ -124,7 +124,7 @@ class DistillPass:
         one = data.first()
         sample_bytes = activation_bytes(model, one) // (data.layout.group or 1)
         size = int(np.clip(data.sample_count // _STEPS, _LEAST_BATCH, _BATCH))
-        size = min(self._options.batch or size, max(_ACTIVATION_BYTES // sample_bytes, 1))
+        size = min(self._options.batch or size, max(_ACTIVATION_BYTES // max(sample_bytes, 1), 1))
         runs = Runs(data, size)
         if 2 * runs.left_out > data.sample_count:
             return _nothing(
@@ -137,7 +137,10 @@ class DistillPass:
             return _nothing(f"the two models cannot be compared: {error}")
         if lesson is None:
             return _nothing("no gradient reaches a weight")
-        return self._taught(model, original, lesson, runs, ctx)
+        try:
+            return self._taught(model, original, lesson, runs, ctx)
+        except (MemoryError, ModelError) as error:
+            return _nothing(f"a step does not run ({error}); a smaller distill.batch may")
 
     def _taught(
         self,

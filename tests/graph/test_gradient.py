@@ -198,8 +198,8 @@ def _gathered(b: ModelBuilder, x: str) -> str:
 
 SHAPE = (2, 4, 5, 6)
 _PLAIN = """
-Abs Elu Erf Exp Flatten GlobalAveragePool HardSigmoid HardSwish Identity LeakyRelu LogSoftmax Neg
-ReduceMean ReduceSum Relu Sigmoid Softmax Softplus Tanh Transpose
+Abs Elu Erf Exp Flatten GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity LeakyRelu
+LogSoftmax Neg ReduceMax ReduceMean ReduceMin ReduceSum Relu Sigmoid Softmax Softplus Tanh Transpose
 """
 CASES: Mapping[str, tuple[int, Build]] = {
     **{name: _op(name) for name in _PLAIN.split()},
@@ -245,6 +245,7 @@ CASES: Mapping[str, tuple[int, Build]] = {
     "Pad": _ints("Pad", [0, 0, 1, 2, 0, 0, 0, 3]),
     "Pow": (18, lambda b, x: b.op("Pow", x, b.constant(2.0))),
     "Pow three": (18, lambda b, x: b.op("Pow", x, b.constant(3.0))),
+    "ReduceMax of axes": _ints("ReduceMax", [1, -1], keepdims=0),
     "ReduceMean of axes": _ints("ReduceMean", [1, -1], keepdims=0),
     "ReduceSum of axes": _ints("ReduceSum", [2], keepdims=1),
     "Reshape": _ints("Reshape", [0, -1, 10]),

@@ -166,6 +166,21 @@ def test_where_there_is_nothing_to_learn_from_nothing_changes(
     assert error(found, damaged, samples(4)) == 0
 
 
+def test_what_stops_every_gradient_is_named(tmp_path: Path) -> None:
+    b = ModelBuilder("stopped")
+    x = b.input("x", ["batch", 8])
+    b.output(b.op("CumSum", b.op("Relu", b.gemm(x, 8, 8)), b.constant(np.array(1))))
+    original = b.build()
+    model_io.normalize(original)
+    damaged = noisy(original)
+    first = next(n for n in damaged.graph if n.op_type == "Gemm")
+    first.outputs[0].name = "another"
+    x0 = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    _, report = taught(damaged, job(original, tmp_path, x0))
+    assert "no gradient" in report.notes[0]
+    assert [s.node for s in report.skips] == ["cumsum_0"]
+
+
 def test_where_memory_is_short_nothing_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

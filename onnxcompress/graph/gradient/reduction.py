@@ -118,6 +118,16 @@ def reduce_sum(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradi
     return [_spread(tape, tape.reshape(_only(grads), own), shape, 1 / count)]
 
 
+def reduce_extreme(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+    """The gradient goes to the largest (or least) place, to each of several equal ones."""
+    x, shape = node.inputs[0], tape.shape(node.inputs[0])
+    pooled = node.op_type.startswith("Global")
+    axes = list(range(2, len(shape))) if pooled else _axes(tape, node)
+    own = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    there = tape.op("Equal", x, tape.reshape(node.outputs[0], own))
+    return [tape.where(there, _spread(tape, tape.reshape(_only(grads), own), shape, 1.0))]
+
+
 def softmax(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
     """``y (g - Σ g y)``."""
     y, g = node.outputs[0], _only(grads)

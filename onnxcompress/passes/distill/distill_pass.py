@@ -11,6 +11,7 @@ Source: Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural net
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from onnxcompress.passes._unpadded import unpadded
 from onnxcompress.passes.base import Change, PassOptions, PassReport, Skip, Stage, option
 from onnxcompress.passes.distill.coordinates import LINEAR, biases_of, coordinates_of
 from onnxcompress.passes.distill.learning import learn
-from onnxcompress.passes.distill.lesson import Lesson, activation_bytes
+from onnxcompress.passes.distill.lesson import Lesson, NoGradientError, activation_bytes
 from onnxcompress.passes.distill.samples import Runs
 
 _BATCH = 32
@@ -135,8 +136,8 @@ class DistillPass:
             lesson = Lesson.of(model, original, runs.first, learners, ctx)
         except ModelError as error:
             return _nothing(f"the two models cannot be compared: {error}")
-        if lesson is None:
-            return _nothing("no gradient reaches a weight")
+        except NoGradientError as error:
+            return _nothing(str(error), error.stopped)
         try:
             return self._taught(model, original, lesson, runs, ctx)
         except (MemoryError, ModelError) as error:
@@ -182,9 +183,7 @@ class DistillPass:
             changes.append(Change(name, "", f"moved by {moved:.1%}"))
         return PassReport(
             changes=tuple(changes),
-            skips=tuple(
-                Skip(n, "", f"gradients stop here: {r}") for n, r in lesson.stopped.items()
-            ),
+            skips=_skips(lesson.stopped),
             figures={
                 "steps": steps,
                 "samples_per_step": runs.size,
@@ -216,8 +215,12 @@ class DistillPass:
         return steps, (note,)
 
 
-def _nothing(reason: str) -> PassReport:
-    return PassReport(notes=(f"Nothing was learned: {reason}.",))
+def _nothing(reason: str, stopped: Mapping[str, str] | None = None) -> PassReport:
+    return PassReport(skips=_skips(stopped or {}), notes=(f"Nothing was learned: {reason}.",))
+
+
+def _skips(stopped: Mapping[str, str]) -> tuple[Skip, ...]:
+    return tuple(Skip(n, "", f"gradients stop here: {r}") for n, r in stopped.items())
 
 
 def _learners(model: ir.Model) -> list[str]:

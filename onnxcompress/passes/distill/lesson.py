@@ -41,6 +41,18 @@ _IR_VERSION = 8
 """The oldest that knows operator set 18, and that takes initializers for no inputs."""
 
 
+class NoGradientError(Exception):
+    """No gradient reaches a weight.
+
+    Args:
+        stopped: Nodes that gradients cannot pass, with the reason.
+    """
+
+    def __init__(self, stopped: Mapping[str, str]) -> None:
+        super().__init__("no gradient reaches a weight")
+        self.stopped = stopped
+
+
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """A model beside its original, ready to run on batches of one shape.
@@ -69,7 +81,7 @@ class Lesson:
         feeds: Mapping[str, Array],
         wanted: Iterable[str],
         ctx: PassContext,
-    ) -> Self | None:
+    ) -> Self:
         """Put the two side by side.
 
         Args:
@@ -79,10 +91,8 @@ class Lesson:
             wanted: Names of the initializers that may learn.
             ctx: How to run.
 
-        Returns:
-            None where there is no place to compare or nothing to learn.
-
         Raises:
+            NoGradientError: If no gradient reaches what may learn.
             ModelError: If the two cannot be brought to one operator set, or do not run.
         """
         student, teacher = (_fixed(m, feeds) for m in (model, original))
@@ -122,7 +132,7 @@ class Lesson:
         )
         found = {w.name or "": g for w, g in gradients.of.items()}
         if not found:
-            return None
+            raise NoGradientError(gradients.stopped)
         graph.outputs[:] = [*errors, *found.values()]
         sizes = [np.prod([n or 1 for n in shapes[ours[p]]]) for p in places]
         return cls(

@@ -125,7 +125,9 @@ class PrunePass:
         notes.extend(work.notes)
         notes.extend(state_notes(coupling, removed))
         notes.extend(_row_notes(recovery.refits))
-        if any(r.used for r in recovery.refits) and ctx.passes and "distill" not in ctx.passes:
+        real = ctx.calibration is not None and not ctx.calibration.synthetic
+        refitted_some = any(r.used for r in recovery.refits)
+        if real and refitted_some and ctx.passes and "distill" not in ctx.passes:
             notes.append(_LEARN_NOTE)
         return PassReport(
             changes=tuple(changes),

@@ -274,7 +274,7 @@ def _spent(
 
 _LEARN_NOTE = (
     "The pass distill (--passes prune,distill) lets all weights learn from the original at once, "
-    "without labels: outputs come nearer to it, in about the time that prune takes."
+    "without labels. That often brings outputs nearer to it and takes about as long as prune."
 )
 _NOTHING = "Nothing can be pruned: see the reasons of what was left alone."
 

@@ -9,7 +9,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from onnxcompress import model_io
-from onnxcompress.calibration.emit import Emitter
 from onnxcompress.calibration.feeds import Feeder
 from onnxcompress.calibration.join import join, top_level
 from onnxcompress.calibration.kinds import (
@@ -21,6 +20,7 @@ from onnxcompress.calibration.kinds import (
 from onnxcompress.calibration.statistics import Request
 from onnxcompress.calibration.taps import Tap, make_tap
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.emit import Emitter
 from onnxcompress.graph.naming import Namer
 
 _FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})

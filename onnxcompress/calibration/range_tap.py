@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from onnxcompress.calibration.accumulate import MovingExtremes, RangeSums
 from onnxcompress.calibration.arrays import Array
-from onnxcompress.calibration.emit import Emitter
 from onnxcompress.calibration.statistics import MovingRangeRequest, RangeRequest, RangeResult
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.emit import Emitter
 
 if TYPE_CHECKING:
     from onnxcompress.calibration.taps import Outputs, Site

@@ -15,7 +15,6 @@ from onnxcompress.calibration.accumulate import (
     TailSums,
 )
 from onnxcompress.calibration.arrays import Array
-from onnxcompress.calibration.emit import Emitter
 from onnxcompress.calibration.feeds import ShapesDifferError
 from onnxcompress.calibration.geometry import shift_columns, weight_order
 from onnxcompress.calibration.histogram_tap import HistogramTap
@@ -44,6 +43,7 @@ from onnxcompress.calibration.statistics import (
 )
 from onnxcompress.calibration.unfold import Inputs, Rows, Source, axis_last, emit_rows
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.emit import Emitter
 
 Outputs: TypeAlias = Mapping[str, Array]
 

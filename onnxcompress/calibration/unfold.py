@@ -25,11 +25,11 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from onnxcompress.calibration.emit import Emitter
 from onnxcompress.calibration.feeds import Feeder
 from onnxcompress.calibration.geometry import ConvGrid
 from onnxcompress.calibration.statistics import AxisUnfold, ConvUnfold, Unfold
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.emit import Emitter
 
 
 class Inputs(Protocol):

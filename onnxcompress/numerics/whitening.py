@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 _DAMPING = 0.1
 """``λ``."""
-_LEAST_SIZE = 1e-2
+LEAST_SIZE = 1e-2
 """Part of the mean over all rows that the size of a row is at least: some have no weights."""
 
 
@@ -64,7 +64,7 @@ class Whitened:
         rows = weight.reshape(len(moment), -1, weight.shape[1])
         coordinates = rows @ (vectors * root[:, None, :])
         size = np.sqrt(np.mean(coordinates**2, axis=2, keepdims=True))
-        size = np.maximum(size, _LEAST_SIZE * np.sqrt(np.mean(coordinates**2)))
+        size = np.maximum(size, LEAST_SIZE * np.sqrt(np.mean(coordinates**2)))
         return cls((vectors / root[:, None, :]).astype(np.float32), size.astype(np.float32))
 
     def gradient(self, gradient: Array) -> Array:

@@ -124,6 +124,7 @@ def differentiate(
         g = None if weight in spoilt else _total(tape, parts.get(weight))
         if g is not None:
             of[weight] = g
+    model.graph.extend(tape.take())
     return Gradients(of, stopped)
 
 

@@ -8,27 +8,25 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import scalar_of
-from onnxcompress.graph.gradient.tape import StoppedError, Tape, integer, number, text
+from onnxcompress.graph.gradient.tape import InputGradients, StoppedError, Tape, only
 
-Gradients = list[ir.Value | None]
 Unary = Callable[[Tape, ir.Node, ir.Value, ir.Value, ir.Value], ir.Value]
 """From a node, its input ``x``, its output ``y`` and the gradient of ``y`` to that of ``x``."""
 
 
-def unary(derivative: Unary) -> Callable[[Tape, ir.Node, list[ir.Value | None]], Gradients]:
+def unary(derivative: Unary) -> Callable[[Tape, ir.Node, list[ir.Value | None]], InputGradients]:
     """The rule of an operator of one differentiable input."""
 
-    def rule(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
-        x, y, g = node.inputs[0], node.outputs[0], grads[0]
-        assert x is not None  # noqa: S101 - required, or the engine asks only then
-        assert g is not None  # noqa: S101 - required, or the engine asks only then
+    def rule(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
+        x, y, g = node.inputs[0], node.outputs[0], only(grads)
+        assert x is not None  # noqa: S101 - required
         return [derivative(tape, node, x, y, g)]
 
     return rule
 
 
 def _relu(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    return t.where(t.op("Greater", y, t.constant(0.0)), g)
+    return t.where(t.op("Greater", y, t.floats(0.0)), g)
 
 
 def _clip(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
@@ -39,21 +37,21 @@ def _clip(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.V
 
 
 def _leaky(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    slope = number(node, "alpha", 0.01)
-    return t.op("Where", t.op("Less", x, t.constant(0.0)), t.times(g, slope), g)
+    slope = node.attributes.get_float("alpha", 0.01)
+    return t.op("Where", t.op("Less", x, t.floats(0.0)), t.times(g, slope), g)
 
 
 def _elu(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    steep = t.op("Mul", g, t.times(t.op("Exp", x), number(node, "alpha", 1.0)))
-    return t.op("Where", t.op("Less", x, t.constant(0.0)), steep, g)
+    steep = t.op("Mul", g, t.times(t.op("Exp", x), node.attributes.get_float("alpha", 1.0)))
+    return t.op("Where", t.op("Less", x, t.floats(0.0)), steep, g)
 
 
 def _sigmoid(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    return t.op("Mul", g, t.op("Mul", y, t.op("Sub", t.constant(1.0), y)))
+    return t.op("Mul", g, t.op("Mul", y, t.op("Sub", t.floats(1.0), y)))
 
 
 def _tanh(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    return t.op("Mul", g, t.op("Sub", t.constant(1.0), t.op("Mul", y, y)))
+    return t.op("Mul", g, t.op("Sub", t.floats(1.0), t.op("Mul", y, y)))
 
 
 def _erf(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
@@ -90,21 +88,21 @@ def _softplus(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> 
 
 
 def _hard_sigmoid(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    rising = t.op("And", t.op("Greater", y, t.constant(0.0)), t.op("Less", y, t.constant(1.0)))
-    return t.times(t.where(rising, g), number(node, "alpha", 0.2))
+    rising = t.op("And", t.op("Greater", y, t.floats(0.0)), t.op("Less", y, t.floats(1.0)))
+    return t.times(t.where(rising, g), node.attributes.get_float("alpha", 0.2))
 
 
 def _hard_swish(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    slope = t.op("Add", t.times(x, 1 / 3), t.constant(0.5))
-    slope = t.op("Where", t.op("Greater", x, t.constant(3.0)), t.constant(1.0), slope)
-    return t.op("Mul", g, t.where(t.op("Greater", x, t.constant(-3.0)), slope))
+    slope = t.op("Add", t.times(x, 1 / 3), t.floats(0.5))
+    slope = t.op("Where", t.op("Greater", x, t.floats(3.0)), t.floats(1.0), slope)
+    return t.op("Mul", g, t.where(t.op("Greater", x, t.floats(-3.0)), slope))
 
 
 def _gelu(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
     """``Φ(x) + x φ(x)``; its approximation by a hyperbolic tangent differs by less than 1e-3."""
-    if text(node, "approximate", "none") not in {"none", "tanh"}:
+    if node.attributes.get_string("approximate", "none") not in {"none", "tanh"}:
         raise StoppedError("its approximation is not known")
-    rank = t.times(t.op("Add", t.op("Erf", t.times(x, math.sqrt(0.5))), t.constant(1.0)), 0.5)
+    rank = t.times(t.op("Add", t.op("Erf", t.times(x, math.sqrt(0.5))), t.floats(1.0)), 0.5)
     bell = t.times(t.op("Exp", t.times(t.op("Mul", x, x), -0.5)), 1 / math.sqrt(2 * math.pi))
     return t.op("Mul", g, t.op("Add", rank, t.op("Mul", x, bell)))
 
@@ -115,7 +113,7 @@ def _pow(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Va
         raise StoppedError("its exponent is no constant number")
     if power == 2:
         return t.op("Mul", g, t.times(x, 2.0))
-    return t.op("Mul", g, t.times(t.op("Pow", x, t.constant(power - 1)), power))
+    return t.op("Mul", g, t.times(t.op("Pow", x, t.floats(power - 1)), power))
 
 
 def _same(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
@@ -123,7 +121,7 @@ def _same(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.V
 
 
 def _cast(t: Tape, node: ir.Node, x: ir.Value, y: ir.Value, g: ir.Value) -> ir.Value:
-    if integer(node, "to", 0) != ir.DataType.FLOAT:
+    if node.attributes.get_int("to", 0) != ir.DataType.FLOAT:
         raise StoppedError("it changes the element type")
     return g
 
@@ -139,7 +137,7 @@ UNARY: Mapping[str, Unary] = {
 
 def _each(
     part: Callable[[Tape, ir.Node, int, ir.Value], ir.Value],
-) -> Callable[[Tape, ir.Node, list[ir.Value | None]], Gradients]:
+) -> Callable[[Tape, ir.Node, list[ir.Value | None]], InputGradients]:
     """The rule of an operator whose inputs are repeated to one shape.
 
     Args:
@@ -147,9 +145,8 @@ def _each(
             input once repeated.
     """
 
-    def rule(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
-        g = grads[0]
-        assert g is not None  # noqa: S101 - required, or the engine asks only then
+    def rule(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
+        g = only(grads)
         whole = tape.shape(node.outputs[0])
         return [
             tape.unbroadcast(part(tape, node, place, g), whole, tape.shape(value))
@@ -183,15 +180,15 @@ def _extreme(t: Tape, node: ir.Node, place: int, g: ir.Value) -> ir.Value:
 
 
 def _chosen(t: Tape, node: ir.Node, place: int, g: ir.Value) -> ir.Value:
-    condition, zero = node.inputs[0], t.constant(0.0)
+    condition, zero = node.inputs[0], t.floats(0.0)
     return t.op("Where", condition, *((g, zero) if place == 1 else (zero, g)))
 
 
 def _parametric(t: Tape, node: ir.Node, place: int, g: ir.Value) -> ir.Value:
     x, slope = node.inputs
-    assert x is not None  # noqa: S101 - required, or the engine asks only then
-    assert slope is not None  # noqa: S101 - required, or the engine asks only then
-    below = t.op("Less", x, t.constant(0.0))
+    assert x is not None  # noqa: S101 - required
+    assert slope is not None  # noqa: S101 - required
+    below = t.op("Less", x, t.floats(0.0))
     if place:
         return t.where(below, t.op("Mul", g, x))
     return t.op("Where", below, t.op("Mul", g, slope), g)

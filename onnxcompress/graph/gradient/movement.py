@@ -5,33 +5,31 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.graph.gradient.tape import StoppedError, Tape, integer, integers, known, text
-
-Gradients = list[ir.Value | None]
+from onnxcompress.graph.gradient.tape import InputGradients, StoppedError, Tape, known, only
 
 
-def reshape(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def reshape(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradient in the shape of the input."""
-    return [tape.reshape(_only(grads), tape.shape(node.inputs[0]))]
+    return [tape.reshape(only(grads), *tape.shape(node.inputs[0]))]
 
 
-def transpose(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def transpose(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradient transposed back."""
     rank = len(tape.shape(node.inputs[0]))
-    order = integers(node, "perm", list(reversed(range(rank))))
-    return [tape.transpose(_only(grads), [order.index(i) for i in range(rank)])]
+    order = node.attributes.get_ints("perm", list(reversed(range(rank))))
+    return [tape.transpose(only(grads), [order.index(i) for i in range(rank)])]
 
 
-def expand(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def expand(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The sum over what was repeated."""
     whole, own = tape.shape(node.outputs[0]), tape.shape(node.inputs[0])
-    return [tape.unbroadcast(_only(grads), whole, own)]
+    return [tape.unbroadcast(only(grads), whole, own)]
 
 
-def concat(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def concat(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """Each part of the gradient."""
-    axis = integer(node, "axis", 0) % len(tape.shape(node.outputs[0]))
-    g, start, found = _only(grads), 0, []
+    axis = node.attributes.get_int("axis", 0) % len(tape.shape(node.outputs[0]))
+    g, start, found = only(grads), 0, []
     for value in node.inputs:
         end = start + tape.shape(value)[axis]
         found.append(tape.cut(g, [start], [end], [axis]) if tape.needs(value) else None)
@@ -39,10 +37,10 @@ def concat(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients
     return found
 
 
-def split(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def split(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradients of the parts beside each other, zeros where a part has none."""
     shape = tape.shape(node.inputs[0])
-    axis = integer(node, "axis", 0) % len(shape)
+    axis = node.attributes.get_int("axis", 0) % len(shape)
     total: ir.Value | None = None
     start = 0
     for output, g in zip(node.outputs, grads, strict=True):
@@ -55,7 +53,7 @@ def split(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
     return [total]
 
 
-def slice_(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def slice_(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradient where it came from, between zeros."""
     shape, part = tape.shape(node.inputs[0]), tape.shape(node.outputs[0])
     given = [*node.inputs, None, None]
@@ -69,12 +67,12 @@ def slice_(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients
         length = shape[axis]
         starts[axis % len(shape)] = min(max(first + length if first < 0 else first, 0), length)
         steps[axis % len(shape)] = step
-    return [tape.place(_only(grads), part, tuple(starts), tuple(steps), shape)]
+    return [tape.place(only(grads), part, tuple(starts), tuple(steps), shape)]
 
 
-def pad(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def pad(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """What is left of the gradient without the border."""
-    if text(node, "mode", "constant") != "constant":
+    if node.attributes.get_string("mode", "constant") != "constant":
         raise StoppedError("its border is made of data")
     shape = tape.shape(node.inputs[0])
     given = [*node.inputs, None, None]
@@ -86,44 +84,48 @@ def pad(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
     for axis, before in zip(axes, pads[: len(axes)], strict=True):
         starts[axis % len(shape)] = before
     ends = [s + n for s, n in zip(starts, shape, strict=True)]
-    return [tape.cut(_only(grads), starts, ends, range(len(shape)))]
+    return [tape.cut(only(grads), starts, ends, range(len(shape)))]
 
 
-def gather(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def gather(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradient at the one place that was taken."""
     shape = tape.shape(node.inputs[0])
-    axis = integer(node, "axis", 0) % len(shape)
+    axis = node.attributes.get_int("axis", 0) % len(shape)
     index = constant_of(node.inputs[1])
     if index is None or index.size != 1:
         raise StoppedError("it takes more than one place, or one that is computed")
     part = tuple(1 if i == axis else n for i, n in enumerate(shape))
     place = int(index.reshape(())) % shape[axis]
     starts = tuple(place if i == axis else 0 for i in range(len(shape)))
-    own = tape.reshape(_only(grads), part)
+    own = tape.reshape(only(grads), *part)
     return [tape.place(own, part, starts, (1,) * len(shape), shape)]
 
 
-def depth_to_space(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def depth_to_space(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradient moved back."""
     n, c, h, w = tape.shape(node.inputs[0])
-    b = integer(node, "blocksize", 1)
-    back = (0, 3, 5, 1, 2, 4) if text(node, "mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
-    parted = tape.reshape(_only(grads), (n, c // (b * b), h, b, w, b))
-    return [tape.reshape(tape.transpose(parted, back), (n, c, h, w))]
+    b = node.attributes.get_int("blocksize", 1)
+    back = (
+        (0, 3, 5, 1, 2, 4)
+        if node.attributes.get_string("mode", "DCR") == "DCR"
+        else (0, 1, 3, 5, 2, 4)
+    )
+    parted = tape.reshape(only(grads), n, c // (b * b), h, b, w, b)
+    return [tape.reshape(tape.transpose(parted, back), n, c, h, w)]
 
 
-def space_to_depth(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def space_to_depth(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The gradient moved back."""
-    return [tape.op("DepthToSpace", _only(grads), blocksize=integer(node, "blocksize", 1))]
+    return [tape.op("DepthToSpace", only(grads), blocksize=node.attributes.get_int("blocksize", 1))]
 
 
-def resize(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients:
+def resize(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> InputGradients:
     """The sum over the copies of each place."""
     shape, made = tape.shape(node.inputs[0]), tape.shape(node.outputs[0])
     how = (
-        text(node, "mode", "nearest"),
-        text(node, "coordinate_transformation_mode", "half_pixel"),
-        text(node, "nearest_mode", "round_prefer_floor"),
+        node.attributes.get_string("mode", "nearest"),
+        node.attributes.get_string("coordinate_transformation_mode", "half_pixel"),
+        node.attributes.get_string("nearest_mode", "round_prefer_floor"),
     )
     copies = {
         ("nearest", "half_pixel", "round_prefer_floor"),
@@ -133,10 +135,4 @@ def resize(tape: Tape, node: ir.Node, grads: list[ir.Value | None]) -> Gradients
         raise StoppedError("it does more than to repeat each place")
     parted = [f for n, m in zip(shape, made, strict=True) for f in (n, m // n)]
     axes = list(range(1, 2 * len(shape), 2))
-    return [tape.sum(tape.reshape(_only(grads), parted), axes)]
-
-
-def _only(grads: list[ir.Value | None]) -> ir.Value:
-    g = grads[0]
-    assert g is not None  # noqa: S101 - required, or the engine asks only then
-    return g
+    return [tape.sum(tape.reshape(only(grads), *parted), axes)]

@@ -9,18 +9,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcompress.graph.constants import constant_of
-from onnxcompress.graph.naming import Namer
+from onnxcompress.graph.emit import Emitter
 
 Shape = tuple[int, ...]
-Attribute = int | float | str | Sequence[int]
+InputGradients = list[ir.Value | None]
+"""One for each input of a node, None where it is not needed."""
 
 
 class StoppedError(Exception):
     """A gradient cannot pass a node; the message says why."""
 
 
-class Tape:
-    """Appends nodes to a graph whose shapes are all known.
+class Tape(Emitter):
+    """Makes nodes for a graph whose shapes are all known.
 
     Args:
         model: The model that nodes are added to.
@@ -34,11 +35,9 @@ class Tape:
         shapes: Mapping[ir.Value, Sequence[int | None]],
         needed: Collection[ir.Value],
     ) -> None:
-        self._graph = model.graph
-        self._namer = Namer(model)
+        super().__init__(model, "gradient")
         self._shapes = shapes
         self._needed = needed
-        self._constants: dict[tuple[str, Shape, bytes], ir.Value] = {}
 
     def needs(self, value: ir.Value | None) -> bool:
         """Whether the gradient of an input of a node is needed."""
@@ -56,45 +55,9 @@ class Tape:
             raise StoppedError(f"the shape of {name} is not known")
         return tuple(int(length) for length in found if length is not None)
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Attribute
-    ) -> ir.Value:
-        """Append a node; its last output is returned."""
-        made = [ir.Value(name=self._namer.value(f"gradient/{op_type}")) for _ in range(outputs)]
-        node = ir.node(
-            op_type,
-            list(inputs),
-            attributes,
-            outputs=made,
-            name=self._namer.node(f"gradient/{op_type}"),
-        )
-        self._graph.append(node)
-        return made[-1]
-
-    def constant(self, array: npt.ArrayLike, dtype: type[np.generic] = np.float32) -> ir.Value:
-        """An initializer; equal ones are shared."""
-        data = np.asarray(array, dtype)
-        key = (data.dtype.str, data.shape, data.tobytes())
-        if key not in self._constants:
-            name = self._namer.value("gradient/constant")
-            tensor = ir.Tensor(data, name=name)
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape(data.shape),
-                type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
-            self._graph.register_initializer(value)
-            self._constants[key] = value
-        return self._constants[key]
-
-    def ints(self, *values: int) -> ir.Value:
-        """A vector of integers."""
-        return self.constant(values, np.int64)
-
-    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """``value`` with another shape."""
-        return self.op("Reshape", value, self.ints(*shape))
+    def floats(self, array: npt.ArrayLike) -> ir.Value:
+        """A constant in single precision."""
+        return self.constant(np.asarray(array, np.float32))
 
     def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
         """``value`` with its axes in another order."""
@@ -102,21 +65,21 @@ class Tape:
 
     def times(self, value: ir.Value, factor: float) -> ir.Value:
         """``value`` times a number."""
-        return value if factor == 1 else self.op("Mul", value, self.constant(factor))
+        return value if factor == 1 else self.op("Mul", value, self.floats(factor))
 
     def where(self, condition: ir.Value, value: ir.Value) -> ir.Value:
         """``value`` where a condition holds, else 0."""
-        return self.op("Where", condition, value, self.constant(0.0))
+        return self.op("Where", condition, value, self.floats(0.0))
 
     def sum(self, value: ir.Value, axes: Sequence[int], *, keep: bool = False) -> ir.Value:
         """The sum over axes; over none it is the value itself."""
         if not axes:
             return value
-        return self.op("ReduceSum", value, self.ints(*axes), keepdims=int(keep))
+        return self.reduce("ReduceSum", value, axes, keepdims=keep)
 
     def mean(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
         """The mean over axes, which stay with length 1."""
-        return self.op("ReduceMean", value, self.ints(*axes), keepdims=1)
+        return self.reduce("ReduceMean", value, axes, keepdims=True)
 
     def unbroadcast(self, value: ir.Value, shape: Shape, wanted: Shape) -> ir.Value:
         """Sum over the axes along which ``wanted`` was repeated to give ``shape``."""
@@ -124,7 +87,7 @@ class Tape:
             return value
         lead = len(shape) - len(wanted)
         axes = [i for i, n in enumerate(shape) if i < lead or (wanted[i - lead] == 1 and n != 1)]
-        return self.reshape(self.sum(value, axes), wanted)
+        return self.reshape(self.sum(value, axes), *wanted)
 
     def place(
         self, value: ir.Value, shape: Shape, starts: Shape, steps: Shape, whole: Shape
@@ -133,9 +96,9 @@ class Tape:
         if any(s > 1 for s in steps):
             between = [n for pair in zip(shape, [1] * len(shape), strict=True) for n in pair]
             ends = [e for s in steps for e in (0, s - 1)]
-            spread = self._padded(self.reshape(value, between), [0] * len(ends), ends)
+            spread = self._padded(self.reshape(value, *between), [0] * len(ends), ends)
             shape = tuple(n * s for n, s in zip(shape, steps, strict=True))
-            value = self.reshape(spread, shape)
+            value = self.reshape(spread, *shape)
         after = [w - b - n for w, b, n in zip(whole, starts, shape, strict=True)]
         return self._padded(value, starts, after)
 
@@ -143,7 +106,7 @@ class Tape:
         """``value`` with zeros around it; negative lengths cut."""
         if not any(before) and not any(after):
             return value
-        return self.op("Pad", value, self.ints(*before, *after), self.constant(0.0))
+        return self.op("Pad", value, self.ints(*before, *after), self.floats(0.0))
 
     def cut(
         self,
@@ -177,25 +140,8 @@ def known(value: ir.Value | None, what: str) -> list[int]:
     return [int(n) for n in array.reshape(-1)]
 
 
-def integer(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute."""
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
-
-
-def integers(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
-    """A list attribute."""
-    attribute = node.attributes.get(name)
-    return list(default) if attribute is None else list(attribute.as_ints())
-
-
-def number(node: ir.Node, name: str, default: float) -> float:
-    """A float attribute."""
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_float()
-
-
-def text(node: ir.Node, name: str, default: str) -> str:
-    """A string attribute."""
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_string()
+def only(grads: Sequence[ir.Value | None]) -> ir.Value:
+    """The gradient of an operator's one output."""
+    g = grads[0]
+    assert g is not None  # noqa: S101 - the engine asks only then
+    return g

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcompress.context import PassContext
 from onnxcompress.numerics.adam import Coordinates, Plain
-from onnxcompress.numerics.whitening import Whitened
+from onnxcompress.numerics.whitening import LEAST_SIZE, Whitened
 from onnxcompress.passes._layers import Layer, measured
 from onnxcompress.passes._layout import Layout
 
@@ -21,8 +21,6 @@ LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators whose weights learn."""
 _WIDE = 2048
 """Inputs of a layer whose directions are told apart, at most; wider ones learn entry by entry."""
-_LEAST_SIZE = 1e-2
-"""As in :mod:`onnxcompress.numerics.whitening`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def coordinates_of(
 def _rows(array: Float, layout: Layout) -> Float:
     """The root mean square of each output channel's weights, to be repeated over the weight."""
     rows = layout.matrix(array).astype(np.float64)
-    size = np.maximum(np.sqrt(np.mean(rows**2, axis=1)), _LEAST_SIZE * _scale(array))
+    size = np.maximum(np.sqrt(np.mean(rows**2, axis=1)), LEAST_SIZE * _scale(array))
     return np.asarray(size.reshape(layout.per_row), np.float32)
 
 

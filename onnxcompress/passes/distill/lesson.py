@@ -36,7 +36,6 @@ Float = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 _SCALES = "distill/scales"
-_FLAT = [-1]
 _IR_VERSION = 8
 """The oldest that knows operator set 18, and that takes initializers for no inputs."""
 
@@ -117,16 +116,18 @@ class Lesson:
             own, other = ours[name], theirs[f"{REFERENCE_PREFIX}{name}"]
             difference = tape.op("Sub", own, other)
             errors.append(_square_mean(tape, difference))
-            flat = tape.reshape(other, _FLAT)
+            flat = tape.reshape(other, -1)
             energies.append(_square_mean(tape, tape.op("Sub", flat, tape.mean(flat, [0]))))
             differences.append(difference)
+        graph.extend(tape.take())
         graph.outputs[:] = [*errors, *energies]
         measured = model_io.clone(student)
         scales = ir.val(_SCALES, ir.DataType.FLOAT, [len(places)])
         seeds = {}
         for number, (name, difference) in enumerate(zip(places, differences, strict=True)):
-            scale = tape.op("Gather", scales, tape.constant(number, np.int64))
+            scale = tape.op("Gather", scales, tape.constant(np.array(number)))
             seeds[ours[name]] = tape.op("Mul", difference, scale)
+        graph.extend(tape.take())
         gradients = differentiate(
             student, seeds, [graph.initializers[n] for n in weights], probe(student).static
         )
@@ -204,7 +205,7 @@ def _fixed(model: ir.Model, feeds: Mapping[str, Array]) -> ir.Model:
 
 def _square_mean(tape: Tape, value: ir.Value) -> ir.Value:
     """The mean of the squares of all entries, [1]."""
-    squares = tape.reshape(tape.op("Mul", value, value), _FLAT)
+    squares = tape.reshape(tape.op("Mul", value, value), -1)
     return tape.mean(squares, [0])
 
 

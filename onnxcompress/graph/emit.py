@@ -1,4 +1,4 @@
-"""Building the nodes that compute statistics inside a graph, in the operator set of the model."""
+"""Building nodes that compute something more inside a graph, in the operator set of the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import onnx_ir as ir
 from onnxcompress.calibration.arrays import Array
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.naming import Namer
+
+Attribute = int | float | str | Sequence[int]
 
 # Reductions took their axes from an attribute before these versions.
 _AXES_AS_INPUT = {
@@ -27,19 +29,20 @@ class Emitter:
 
     Args:
         model: Gets the constants as initializers; its operator set decides the form of the nodes.
+        role: What the names of nodes and values say they are for.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, role: str = "calibrate") -> None:
         self._graph = model.graph
         self._namer = Namer(model)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._nodes: list[ir.Node] = []
-        self._base = "calibrate"
+        self._role = self._base = role
         self.opset = model.opset_imports.get("", 0)
 
     def about(self, name: str) -> None:
         """Name the following nodes after the value ``name``."""
-        self._base = f"{name}/calibrate"
+        self._base = f"{name}/{self._role}"
 
     def need(self, opset: int, what: str) -> None:
         """Check that the model's operator set has what a statistic needs.
@@ -62,18 +65,16 @@ class Emitter:
         """Put nodes that were taken in front of those made since."""
         self._nodes = [*nodes, *self._nodes]
 
-    def op(
-        self, op_type: str, *inputs: ir.Value, **attributes: int | float | Sequence[int]
-    ) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
         """Add a node of one output."""
         return self.ops(op_type, inputs, 1, attributes)[0]
 
     def ops(
         self,
         op_type: str,
-        inputs: Sequence[ir.Value],
+        inputs: Sequence[ir.Value | None],
         outputs: int,
-        attributes: dict[str, int | float | Sequence[int]],
+        attributes: dict[str, Attribute],
     ) -> Sequence[ir.Value]:
         """Add a node."""
         name = self._namer.node(f"{self._base}_{op_type}")
@@ -91,7 +92,7 @@ class Emitter:
         """An initializer; equal ones are shared."""
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
-            name = self._namer.value(f"calibrate/constant_{len(self._constants)}")
+            name = self._namer.value(f"{self._role}/constant_{len(self._constants)}")
             value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
             value.shape = ir.Shape(array.shape)
             value.dtype = ir.DataType.from_numpy(array.dtype)
